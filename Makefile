@@ -1,0 +1,50 @@
+# Each target sets itself up in .venv; that costs a second or two once it is there.
+#   make finetune ARGS="--help"      make test ARGS="-k merge"      make PYTHON=python3.12 test
+# Without make: python -m pip install -e ".[run]" && lora-jax finetune
+
+VENV ?= .venv
+ARGS ?=
+# The first interpreter on the PATH that is new enough. Only asked when the environment is created.
+PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+
+.PHONY: finetune test interop notebooks lint format clean
+
+finetune: $(VENV)/.installed-run
+	$(BIN)/lora-jax finetune $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(PY) -m pytest $(ARGS)
+
+interop: $(VENV)/.installed-interop
+	$(PY) -m pytest tests/interop $(ARGS)
+
+notebooks: $(VENV)/.installed-notebooks
+	$(PY) notebooks/run.py $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.installed-dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written only after its step succeeded, so that an interrupted one is repeated.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "lora_jax needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# One stamp for each extra of pyproject.toml; pip leaves alone whatever is already satisfied.
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.created
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
