@@ -1,0 +1,1 @@
+"""Models to adapt: ordinary Flax modules that know nothing of LoRA."""

@@ -1,0 +1,257 @@
+"""One decoder-only transformer, as an ordinary Flax module, described whole by its config.
+
+The architecture is that of Llama (Touvron et al., 2023): RMSNorm before each block, rotary
+positions, grouped-query attention, a SwiGLU MLP, no biases. Kernels are plain matrices `[in, out]`,
+each met only by a contraction; those of scanned layers are stacked::
+
+    embed/embedding                                   [V, D]
+    layers/attn_norm/scale   layers/mlp_norm/scale    [L, D]
+    layers/attn/q_proj/kernel                         [L, D, N * H]
+    layers/attn/{k,v}_proj/kernel                     [L, D, K * H]
+    layers/attn/o_proj/kernel                         [L, N * H, D]
+    layers/mlp/{gate,up}_proj/kernel                  [L, D, F]
+    layers/mlp/down_proj/kernel                       [L, F, D]
+    final_norm/scale                                  [D]
+    lm_head/kernel                                    [D, V], absent if the head is tied
+
+Unrolled layers lose the leading axis and are called `layers_0`, `layers_1`, and so on.
+
+Shapes: B batch, T tokens, S slots of the cache, D model width, F MLP width, N query heads,
+K key-value heads, H head width, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lora_jax.models.config import DecoderConfig
+from lora_jax.models.layers import (
+    Carry,
+    Context,
+    KVCache,
+    Layer,
+    RMSNorm,
+    init_cache,
+    rotary,
+    visible,
+)
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "KVCache",
+    "init_cache",
+    "stack_layers",
+    "unstack_layers",
+]
+
+# The head's products are summed and returned in float32, whatever the activations are.
+_float32_dot_general = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+
+class Decoder(nn.Module):
+    """Tokens to logits.
+
+    A token attends to the tokens of its own segment whose position is not after its own. So packed
+    sequences have a segment id each, and padding has one of its own; no token id means anything to
+    the model.
+
+    >>> logits = Decoder(config).apply({"params": params}, tokens)
+    """
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        """Names the parts; the tree of parameters is shown at the top of this file."""
+        c = self.config
+        self.embed = nn.Embed(c.vocab_size, c.dim, dtype=c.dtype, param_dtype=c.param_dtype)
+        layer = Layer
+        if c.remat is not None:
+            # Under scan the loop itself keeps XLA from merging the second forward with the first.
+            layer = nn.remat(
+                Layer,
+                policy=getattr(jax.checkpoint_policies, c.remat),
+                prevent_cse=not c.scan_layers,
+            )
+        if c.scan_layers:
+            stack = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=c.num_layers,
+            )
+            self.layers: Any = stack(c)
+        else:
+            self.layers = [layer(c) for _ in range(c.num_layers)]
+        self.final_norm = RMSNorm(c)
+        if not c.tied_head:
+            self.lm_head = nn.Dense(
+                c.vocab_size,
+                use_bias=False,
+                dtype=c.dtype,
+                param_dtype=c.param_dtype,
+                dot_general=_float32_dot_general,
+            )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of every position.
+
+        Args:
+          tokens: Integers [B, T].
+          positions: Integers [B, T]; by default 0, 1, ... in every row.
+          segment_ids: Integers [B, T]; by default every row is one segment, of id 1.
+
+        Returns:
+          float32 [B, T, V].
+        """
+        return self.unembed(self.hidden(tokens, positions, segment_ids))
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normed hidden states [B, T, D], arguments as in `__call__`.
+
+        A loss on few positions takes the logits of those alone from `unembed`.
+        """
+        mask = None  # tells the attention kernel that the mask is no other than the causal one
+        if positions is not None or segment_ids is not None:
+            positions, segment_ids = _ids(tokens, positions, segment_ids)
+            mask = visible(positions, segment_ids, positions, segment_ids)
+        else:
+            positions = jnp.arange(tokens.shape[1])[None]
+        context = Context(*rotary(positions, self.config), mask)
+        return self._run(Carry(self.embed(tokens), None), context).x
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits float32 [..., V] of hidden states [..., D]."""
+        if self.config.tied_head:
+            head = self.embed.embedding.astype(self.config.dtype).T
+            return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        return self.lm_head(hidden)
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        cache: KVCache,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Hidden states of tokens that follow those in the cache: a prompt, or one token a step.
+
+        Args:
+          tokens: Integers [B, T].
+          cache: From `init_cache` or an earlier call. The caller sees to it that T free slots are
+            left: `cache.length` is traced, so that an overflow cannot be reported from here.
+          positions: Integers [B, T]; by default they count on from `cache.length`.
+          segment_ids: Integers [B, T]; by default all 1.
+
+        Returns:
+          The hidden states [B, T, D], and the cache with these tokens in it.
+
+        Raises:
+          ValueError: If T alone is more than the cache holds.
+        """
+        batch, length = tokens.shape
+        if length > cache.positions.shape[1]:
+            raise ValueError(
+                f"{length} tokens do not fit into a cache of {cache.positions.shape[1]} slots; "
+                f"write init_cache(config, {batch}, length) with length >= {length}."
+            )
+        if positions is None:
+            positions = cache.length + jnp.arange(length)
+        positions, segment_ids = _ids(tokens, positions, segment_ids)
+        corner = (0, cache.length)
+        cache = cache._replace(
+            positions=jax.lax.dynamic_update_slice(cache.positions, positions, corner),
+            segment_ids=jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, corner),
+        )
+        mask = visible(positions, segment_ids, cache.positions, cache.segment_ids)
+        context = Context(*rotary(positions, self.config), mask)
+        x, filled = self._run(Carry(self.embed(tokens), cache), context)
+        assert filled is not None  # a cache went in
+        return x, filled._replace(length=cache.length + length)
+
+    def _run(self, carry: Carry, context: Context) -> Carry:
+        if self.config.scan_layers:
+            carry, _ = self.layers(carry, jnp.arange(self.config.num_layers), context)
+        else:
+            for index, layer in enumerate(self.layers):
+                carry, _ = layer(carry, index, context)
+        return carry._replace(x=self.final_norm(carry.x))
+
+
+def _ids(
+    tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Positions and segment ids, int32 [B, T], with the defaults for what was not given."""
+    positions = jnp.arange(tokens.shape[1]) if positions is None else positions
+    segment_ids = jnp.ones(()) if segment_ids is None else segment_ids
+    return (
+        jnp.broadcast_to(positions.astype(jnp.int32), tokens.shape),
+        jnp.broadcast_to(segment_ids.astype(jnp.int32), tokens.shape),
+    )
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the scanned decoder from those of the unrolled one.
+
+    Args:
+      params: A tree with `layers_0` ... `layers_{L-1}`.
+
+    Returns:
+      The tree with `layers`, whose leaves have a leading axis of L.
+
+    Raises:
+      ValueError: If there are no such layers, or there is a gap between them.
+    """
+    rest = {name: leaf for name, leaf in params.items() if not re.fullmatch(r"layers_\d+", name)}
+    names = [f"layers_{index}" for index in range(len(params) - len(rest))]
+    if not names or any(name not in params for name in names):
+        raise ValueError(
+            f"expected layers_0, layers_1, ... without a gap, got {sorted(params)}; "
+            "write the parameters of a decoder with scan_layers=False."
+        )
+    layers = [params[name] for name in names]
+    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the unrolled decoder from those of the scanned one; undoes `stack_layers`.
+
+    Args:
+      params: A tree with `layers`, whose leaves have a leading axis of L.
+
+    Returns:
+      The tree with `layers_0` ... `layers_{L-1}`.
+
+    Raises:
+      ValueError: If there is no `layers`.
+    """
+    if "layers" not in params:
+        raise ValueError(
+            f"expected a tree with 'layers', got {sorted(params)}; "
+            "write the parameters of a decoder with scan_layers=True."
+        )
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    number = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = {
+        f"layers_{i}": jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(number)
+    }
+    return {**rest, **layers}
