@@ -1,6 +1,6 @@
 """Model families: from what a checkpoint says about itself to a `DecoderConfig`.
 
-Each reader takes the fields it understands and refuses the ones that would change the computation in
+Each reader takes the fields it understands and refuses those that would change the computation in
 a way that the decoder does not know: a checkpoint read in part is a wrong model.
 """
 

@@ -1,0 +1,1 @@
+"""Files that others write and read: checkpoints, adapters, and where to get them."""
