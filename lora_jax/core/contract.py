@@ -1,0 +1,308 @@
+"""What an adapted weight does in a product or a look-up: `x·W + ((x·Aᵀ)·Bᵀ)·scale`, factored.
+
+The sum `W + scale·BA` is never formed: its gradient would cost 6·T·in·out operations instead of
+4·T·in·out for T tokens, and its dense weight the memory that a 4-bit base saved. Every function
+here returns None where a use has no factored form, and leaves the verdict to its caller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core.leaves import QuantizedArray
+from lora_jax.core.view import View
+from lora_jax.kernels import decode_rows
+
+
+RANK, OTHER_RANK = 1000, 1001  # labels of rank axes; those of operands' axes count from zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """An array with a label for each axis; axes of a product that share a label are paired."""
+
+    value: jax.Array
+    labels: list[int]
+
+    def times(self, other: Labelled, out: list[int], precision: Any) -> Labelled:
+        """The contraction to the labels `out`, accumulated in float32 or wider."""
+        wide = jnp.promote_types(self.value.dtype, jnp.float32)
+        value = jnp.einsum(
+            *(self.value, self.labels, other.value, other.labels, out),
+            precision=precision,
+            preferred_element_type=wide,
+        )
+        return Labelled(value, out)
+
+
+def dot_general(lhs: Any, rhs: Any, params: dict[str, Any]) -> jax.Array | None:
+    """`lax.dot_general` where one operand is a `View`, or both are.
+
+    Args:
+      lhs, rhs: arrays or views.
+      params: the primitive's parameters.
+
+    Returns:
+      The product, or None where an adapted axis group is not contracted at all.
+    """
+    left, right, out = _label(len(lhs.shape), len(rhs.shape), params["dimension_numbers"])
+    precision = params.get("precision")
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return lax.dot_general(x, y, **params)
+
+    if isinstance(lhs, View) and isinstance(rhs, View):
+        return _product_of_views(lhs, left, rhs, right, out, product, precision)
+    if isinstance(lhs, View):
+        return _product(lhs, left, Labelled(rhs, right), out, product, precision)
+    return _product(rhs, right, Labelled(lhs, left), out, lambda w, x: product(x, w), precision)
+
+
+def _label(left_ndim: int, right_ndim: int, dimension_numbers: Any):
+    """Labels for the axes of both operands and of their product."""
+    (left_contract, right_contract), (left_batch, right_batch) = dimension_numbers
+    left = list(range(left_ndim))
+    right = list(range(left_ndim, left_ndim + right_ndim))
+    for k, m in zip((*left_contract, *left_batch), (*right_contract, *right_batch), strict=True):
+        right[m] = left[k]
+    batch = [left[k] for k in left_batch]
+    paired = {*batch, *(left[k] for k in left_contract)}
+    return left, right, [*batch, *(x for x in (*left, *right) if x not in paired)]
+
+
+def _product(
+    view: View,
+    labels: list[int],
+    x: Labelled,
+    out: list[int],
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    precision: Any,
+) -> jax.Array | None:
+    """`product(W, x)` plus the update's share of it."""
+    if view.adapter is None:
+        return _base_product(view, x.value, product)
+    factors = _factors(view, labels, [k for k in x.labels if k not in out], x.value.dtype)
+    if factors is None:
+        return None
+    first, second = factors
+    dropped = Labelled(_dropout(view, x.value), x.labels)
+    needed = {*out, *second.labels}
+    kept = [k for k in dict.fromkeys((*x.labels, *first.labels)) if k in needed]
+    hidden = dropped.times(first, kept, precision)  # [T, r]
+    hidden = Labelled(hidden.value.astype(x.value.dtype), hidden.labels)
+    update = hidden.times(second, out, precision)  # [T, out]
+    y = _base_product(view, x.value, product)
+    return y + update.value.astype(y.dtype)
+
+
+def _base_product(view: View, x: jax.Array, product: Callable) -> jax.Array:
+    base = dataclasses.replace(view, adapter=None, scale=None, dropout_key=None)
+    if not isinstance(view.base, QuantizedArray):
+        return product(base.dense_base(), x)
+    # Differentiation with respect to x needs the weight again. Left to itself it would keep the
+    # decoded one; recomputing it from the codes is what makes the base four bits in training, too.
+    return jax.checkpoint(lambda view, x: product(view.dense_base(), x))(base, x)
+
+
+def _factors(
+    view: View, labels: list[int], summed: list[int], dtype: Any, rank: int = RANK
+) -> tuple[Labelled, Labelled] | None:
+    """The factor that meets x first, and the other one, times the scale.
+
+    The first is the one that owns the contracted axes, so that what lies between the two products
+    has r columns.
+    """
+    adapter, batch = view.adapter, len(view.batch_shape)
+    name = {canonical: labels[k] for k, canonical in enumerate(view.order)}
+    of_kind = {kind: [name[c] for c, k in enumerate(view.kinds) if k == kind] for kind in "boi1"}
+    batch_sizes, ones = view.batch_shape, (1,) * view.ones
+    a = adapter.a.reshape(*batch_sizes, adapter.rank, *view.inner)
+    b = adapter.b.reshape(*batch_sizes, *view.outer, adapter.rank, *ones)
+    of_a = [*of_kind["b"], rank, *of_kind["i"]]
+    of_b = [*of_kind["b"], *of_kind["o"], rank, *of_kind["1"]]
+    inner_summed = not set(summed).isdisjoint(of_kind["i"])
+    if not inner_summed and set(summed).isdisjoint(of_kind["o"]):
+        return None
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    scale = view.factor_scale(wide)
+    scaled = lambda x: x * scale.reshape(*batch_sizes, *(1,) * (x.ndim - batch))
+    if inner_summed:
+        return Labelled(a.astype(dtype), of_a), Labelled(scaled(b).astype(dtype), of_b)
+    return Labelled(b.astype(dtype), of_b), Labelled(scaled(a).astype(dtype), of_a)
+
+
+def _dropout(view: View, x: jax.Array) -> jax.Array:
+    if view.dropout_key is None or not view.adapter.dropout:
+        return x
+    keep = 1 - view.adapter.dropout
+    key = view.dropout_key.reshape(-1)[0]
+    return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
+
+
+def _product_of_views(lhs, left, rhs, right, out, product, precision) -> jax.Array | None:
+    """A product of two adapted weights, as three-operand einsums make: (W + BA)(V + DC).
+
+    With the right one written out it is (W + BA)V + ((W + BA)D)C: each term has one view.
+    """
+    if lhs.dropout_key is not None or rhs.dropout_key is not None:
+        return None  # there are no activations to drop
+    summed = [k for k in left if k in right and k not in out]
+
+    def both(lhs: View, rhs: View) -> jax.Array | None:
+        values = Labelled(rhs.dense_base(), right)
+        y = _product(lhs, left, values, out, product, precision)
+        if rhs.adapter is None or y is None:
+            return y
+        factors = _factors(rhs, right, summed, rhs.dtype, OTHER_RANK)
+        if factors is None:
+            return None
+        first, second = factors
+        kept = [k for k in dict.fromkeys((*left, *first.labels)) if k in out or k in second.labels]
+
+        def through(w: jax.Array, x: jax.Array) -> jax.Array:
+            return Labelled(w, left).times(Labelled(x, first.labels), kept, precision).value
+
+        hidden = _product(lhs, left, first, kept, through, precision)
+        if hidden is None:
+            return None
+        hidden = Labelled(hidden.astype(rhs.dtype), kept)
+        return y + hidden.times(second, out, precision).value.astype(y.dtype)
+
+    return jax.checkpoint(both)(lhs, rhs)  # again, no decoded weight is kept
+
+
+def ragged_dot_general(lhs: Any, rhs: Any, sizes: Any, params: dict[str, Any]) -> Any:
+    """`lax.ragged_dot` of rows `[T, in]`, grouped by expert, with a view `[E, in, out]`.
+
+    Returns:
+      The product `[T, out]`, or None for any other kind of ragged product.
+    """
+    numbers = params["ragged_dot_dimension_numbers"]
+    (x_contract, w_contract), batch = numbers.dot_dimension_numbers
+    if not isinstance(rhs, View) or isinstance(lhs, View) or isinstance(sizes, View):
+        return None
+    kinds = tuple(rhs.kinds[c] for c in rhs.order)
+    expected = kinds in (("b", "i", "o"), ("b", "o", "i")) and len(rhs.batch_shape) == 1
+    plain = (tuple(x_contract), tuple(w_contract), batch) == ((1,), (1,), ((), ()))
+    grouped = tuple(numbers.rhs_group_dimensions) == (0,)
+    rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
+    if not (expected and plain and grouped and rows and params.get("group_offset") is None):
+        return None
+    y = _base_product(rhs, lhs, lambda w, x: lax.ragged_dot_general(x, w, sizes, **params))
+    if rhs.adapter is None:
+        return y
+    first, second = _factors(rhs, [0, 1, 2], [1], lhs.dtype)
+    # Both factors as [E, summed, produced].
+    in_order = lambda f, k: jnp.moveaxis(f.value, f.labels.index(k), 1)
+    wide = jnp.promote_types(lhs.dtype, jnp.float32)
+    options = dict(precision=params.get("precision"), preferred_element_type=wide)
+    x = _dropout(rhs, lhs)
+    hidden = lax.ragged_dot(x, in_order(first, 1), sizes, **options).astype(lhs.dtype)  # [T, r]
+    update = lax.ragged_dot(hidden, in_order(second, RANK), sizes, **options)  # [T, out]
+    return y + update.astype(y.dtype)
+
+
+def gather(view: View, indices: jax.Array, params: dict[str, Any]) -> jax.Array | View | None:
+    """A look-up along one axis: of rows of an embedding, or of whole matrices of a batch axis.
+
+    Args:
+      view: the operand.
+      indices: integers `[n..., 1]`.
+      params: the primitive's parameters.
+
+    Returns:
+      The rows as an array, the chosen matrices as a view, or None for any other gather.
+    """
+    numbers, mode = params["dimension_numbers"], lax.GatherScatterMode.from_any(params["mode"])
+    sizes = params["slice_sizes"]
+    collapsed = {int(k) for k in numbers.collapsed_slice_dims}
+    looked_up = collapsed | {k for k, n in enumerate(sizes) if n != view.shape[k]}
+    if len(looked_up) != 1 or numbers.operand_batching_dims:
+        return None
+    (axis,) = looked_up
+    indexed = [int(k) for k in numbers.start_index_map]
+    fill = mode == lax.GatherScatterMode.FILL_OR_DROP
+    # Axes that are taken whole may be indexed, too, as vmapped slices are: clipping makes that 0.
+    if axis not in indexed or sizes[axis] != 1 or (len(indexed) > 1 and fill):
+        return None
+    rows = indices[..., indexed.index(axis)]
+    # Where the axes of the index, and the operand's other axes, stand in the result.
+    offsets = [int(k) for k in numbers.offset_dims]
+    ones = [] if axis in collapsed else [offsets.pop(axis)]
+    ndim = rows.ndim + len(offsets)
+    kept_at = [k - sum(one < k for one in ones) for k in offsets]
+    rows_at = [k for k in range(ndim) if k not in kept_at]
+    if view.batch_axis(axis) is not None:
+        chosen = _choose_matrices(view.batch_first(axis), axis, rows, rows_at, kept_at, fill)
+        return chosen.with_ones(ones)
+    fetched = _fetch_rows(view, axis, rows, rows_at, kept_at, fill)
+    return None if fetched is None else jnp.expand_dims(fetched, ones)
+
+
+def take_one(view: View, axis: int, index: jax.Array) -> jax.Array | None:
+    """A slice of size one along a matrix axis, without that axis: one row of an embedding."""
+    kept = list(range(len(view.shape) - 1))
+    return _fetch_rows(view, axis, jnp.asarray(index), [], kept, fill=False)
+
+
+def _choose_matrices(view, axis, rows, rows_at, kept_at, fill) -> View:
+    def take(x: jax.Array) -> jax.Array:
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            return x[jnp.clip(rows, 0, x.shape[0] - 1)]
+        return jnp.take(x, rows, axis=0, mode="fill" if fill and floating else "clip")
+
+    others = [k - 1 + rows.ndim for k in view.order[:axis] + view.order[axis + 1 :]]
+    order = [0] * (rows.ndim + len(others))
+    for canonical, position in enumerate(rows_at):
+        order[position] = canonical
+    for canonical, position in zip(others, kept_at, strict=True):
+        order[position] = canonical
+    return dataclasses.replace(view.on_batch(take), order=tuple(order))
+
+
+def _fetch_rows(view, axis, rows, rows_at, kept_at, fill) -> jax.Array | None:
+    canonical = view.order[axis]
+    kind = view.kinds[canonical]
+    simple = not view.batch_shape and not view.ones
+    if not simple or len(view.outer if kind == "o" else view.inner) != 1:
+        return None
+    mode = "fill" if fill else "clip"
+    if isinstance(view.base, QuantizedArray) and kind == "o":
+        values = decode_rows(view.base, rows).reshape(*rows.shape, *view.inner)  # [n..., in]
+        if fill:
+            outside = (rows < 0) | (rows >= view.shape[axis])
+            outside = outside.reshape(*rows.shape, *(1,) * len(view.inner))
+            values = jnp.where(outside, jnp.nan, values)
+    else:
+        base = dataclasses.replace(view, order=tuple(range(len(view.order)))).dense_base()
+        values = jnp.moveaxis(
+            jnp.take(base, rows, axis=canonical, mode=mode),
+            range(canonical, canonical + rows.ndim),
+            range(rows.ndim),
+        )
+    values = values.astype(view.dtype)
+    if view.adapter is not None:
+        a, b = view.adapter.a, view.adapter.b
+        of_rows, other = (b, a) if kind == "o" else (a.T, b.T)  # [rows, r], [r, others]
+        wide = jnp.promote_types(a.dtype, jnp.float32)
+        hidden = jnp.take(of_rows, rows, axis=0, mode=mode).astype(view.dtype)  # [n..., r]
+        scaled = (other * view.factor_scale(wide)).astype(view.dtype)
+        wide = jnp.promote_types(view.dtype, jnp.float32)
+        update = jnp.matmul(hidden, scaled, preferred_element_type=wide)  # [n..., others]
+        values = values + update.reshape(values.shape).astype(view.dtype)
+    # `values` is [n..., others in canonical order]; put every axis where the gather has it.
+    others = [k for k in view.order if k != canonical]
+    rank_of = {k: n for n, k in enumerate(sorted(others))}
+    order = [0] * values.ndim
+    for n, position in enumerate(rows_at):
+        order[position] = n
+    for k, position in zip(others, kept_at, strict=True):
+        order[position] = rows.ndim + rank_of[k]
+    return jnp.transpose(values, order)

@@ -1,0 +1,157 @@
+"""Blockwise 4-bit quantization with double-quantized scales (QLoRA, arXiv:2305.14314).
+
+Each block of G neighbours along the contracted axis is divided by its largest magnitude and every
+value takes the nearest of sixteen levels. The codes are those of bitsandbytes on CPU, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core.codebooks import codebook, decision_points, scale_codebook
+from lora_jax.core.leaves import (
+    QuantizedArray,
+    from_matrix,
+    is_array,
+    is_concrete,
+    parse_layout,
+    to_matrix,
+)
+from lora_jax.kernels import xla
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def quantize_array(
+    w: Any,
+    kind: str = "nf4",
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    layout: str | None = None,
+    name: str = "the weight",
+) -> QuantizedArray:
+    """Stores a weight in 4 bits.
+
+    With double quantization at block size 64 a parameter takes 4 + 8/64 + 32/(64*256) = 4.127 bits.
+    A block whose largest magnitude is below float32's smallest normal number decodes to within
+    that number of zero.
+
+    Args:
+      w: float16, bfloat16 or float32 array of two or more axes.
+      kind: `"nf4"`, `"fp4"`, `"int4"` (uniform, -7..7) or `"af4"`.
+      block_size: elements that share a scale: 32, 64, ... 4096; divides the contracted size.
+      double_quant: whether to store the scales in 8 bits.
+      layout: which axes are contracted (`i`), produced (`o`) or batch (`b`, leading): `"i o"` for
+        Flax kernels (the default for matrices), `"o i"` for Equinox weights and embeddings,
+        `"i o o"` and `"i i o"` for DenseGeneral, `"b i o"` for scanned layers and experts.
+      name: what error messages call the weight.
+
+    Returns:
+      A `QuantizedArray` of the same logical shape and dtype.
+
+    Raises:
+      TypeError: if `w` is no array, or its dtype is not one of the three.
+      ValueError: for an unknown kind, block size or layout, a contracted size that the block size
+        does not divide, and values that are NaN or infinite.
+    """
+    if not is_array(w):
+        raise TypeError(f"{name} is {type(w).__name__}, expected an array of floats")
+    dtype = np.dtype(w.dtype)
+    if dtype not in (np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16)):
+        raise TypeError(
+            f"{name} has dtype {dtype}, expected float32, bfloat16 or float16; cast it first, "
+            "for example with w.astype(jnp.float32), or leave it out of the pattern"
+        )
+    codebook(kind, 64)  # refuses an unknown kind before anything is computed
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size is {block_size!r}, expected one of {BLOCK_SIZES}")
+    layout = parse_layout(layout, tuple(w.shape), name)
+    axis_sizes = tuple(w.shape[w.ndim - len(layout.split()) :])
+    matrix_shape = jax.eval_shape(functools.partial(to_matrix, layout=layout), w).shape
+    if 0 in w.shape:
+        raise ValueError(f"{name} is empty, shape {tuple(w.shape)}; leave it out of the pattern")
+    if matrix_shape[-1] % block_size:
+        fitting = [size for size in BLOCK_SIZES if matrix_shape[-1] % size == 0]
+        raise ValueError(
+            f"{name} contracts {matrix_shape[-1]} inputs (shape {tuple(w.shape)}, layout "
+            f"{layout!r}), which blocks of {block_size} do not divide; "
+            + (f"write block_size={fitting[-1]}" if fitting else "leave it out of the pattern")
+        )
+    if is_concrete(w) and not bool(jnp.isfinite(jnp.asarray(w)).all()):
+        raise ValueError(f"{name} holds NaN or infinite values; repair the checkpoint first")
+
+    codes, absmax = _encode(jnp.asarray(w), kind, block_size, layout)
+    scales = _double_quantize(absmax) if double_quant else (absmax, None, None)
+    return QuantizedArray(
+        codes,
+        *scales,
+        kind=kind,
+        block_size=block_size,
+        dtype=dtype,
+        layout=layout,
+        axis_sizes=axis_sizes,
+    )
+
+
+def dequantize(q: QuantizedArray, dtype: Any = None) -> jax.Array:
+    """The dense parameter that a quantized one stands for.
+
+    Args:
+      q: the quantized leaf.
+      dtype: of the result; the dtype the weight had, if None.
+
+    Returns:
+      An array of shape `q.shape`.
+    """
+    if not isinstance(q, QuantizedArray):
+        raise TypeError(f"expected a QuantizedArray, got {type(q).__name__}")
+    return from_matrix(xla.decode(q), q.layout, q.axis_sizes).astype(dtype or q.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "block_size", "layout"))
+def _encode(w, kind, block_size, layout):
+    """Codes uint8 `[b..., out, in/2]` and the largest magnitude a block `[b..., out, in/G]`."""
+    m = to_matrix(w, layout).astype(jnp.float32)
+    blocks = m.reshape(*m.shape[:-1], -1, block_size)
+    absmax = jnp.abs(blocks).max(-1)
+    # bitsandbytes multiplies by the reciprocal of max(absmax, 1e-38). That bound is itself
+    # subnormal and some backends flush it to zero, so its reciprocal is written out.
+    tiny = absmax < np.finfo(np.float32).tiny
+    reciprocal = jnp.where(tiny, np.float32(1e38), 1.0 / jnp.where(tiny, 1.0, absmax))
+    midpoints, order = decision_points(kind, block_size)
+    codes = _nearest(blocks * reciprocal[..., None], midpoints, order)
+    pairs = codes.reshape(*m.shape[:-1], -1, 2)
+    return (pairs[..., 0] << 4) | pairs[..., 1], absmax
+
+
+def _nearest(x, midpoints, order):
+    """Code of the level nearest to each x; a value on a midpoint takes the lower level."""
+    # Fifteen comparisons and additions vectorize; a binary search would not.
+    rank = sum((x > point).astype(jnp.uint8) for point in midpoints)
+    if np.array_equal(order, np.arange(len(order))):
+        return rank
+    return jnp.asarray(order)[rank]
+
+
+@jax.jit
+def _double_quantize(absmax):
+    """8-bit codes, group scales and offset of float32 scales `[b..., out, in/G]`."""
+    batch = absmax.shape[:-2]
+    flat = absmax.reshape(*batch, -1)
+    offset = flat.mean(-1)
+    centred = flat - offset[..., None]
+    groups = -(-centred.shape[-1] // xla.GROUP)
+    padding = [(0, 0)] * len(batch) + [(0, groups * xla.GROUP - centred.shape[-1])]
+    grouped = jnp.pad(centred, padding).reshape(*batch, groups, xla.GROUP)
+    group_scales = jnp.abs(grouped).max(-1)
+    levels = scale_codebook()
+    normalized = grouped / jnp.where(group_scales == 0, 1.0, group_scales)[..., None]
+    codes = jnp.searchsorted(jnp.asarray((levels[1:] + levels[:-1]) / 2), normalized)
+    codes = codes.astype(jnp.uint8).reshape(*batch, -1)[..., : flat.shape[-1]]
+    return codes.reshape(absmax.shape), group_scales, offset

@@ -1,0 +1,363 @@
+"""The rewrite: a jaxpr's equations, emitted again with lazy weights among their operands.
+
+An equation that meets no weight is bound as it is. One that does either changes how the weight is
+seen (view.py), or uses it up in factored form (contract.py), or is control flow, which is written
+again with `lax`'s own public functions around the rewritten body.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core import _jaxpr, contract
+from lora_jax.core.view import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One consumer of a leaf: the primitive, and whether the weight stayed factored."""
+
+    path: str
+    primitive: str
+    factored: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How a function uses each adapted or quantized leaf.
+
+    Attributes:
+      uses: for each leaf's path, its consumers; none if the function does not use it.
+      shapes: for each leaf's path, its logical shape.
+    """
+
+    uses: dict[str, tuple[Use, ...]]
+    shapes: dict[str, tuple[int, ...]]
+
+    def status(self, path: str) -> str:
+        """`factored`, `dense` or `unused`."""
+        uses = self.uses[path]
+        return "unused" if not uses else "factored" if all(u.factored for u in uses) else "dense"
+
+    def __str__(self) -> str:
+        rows = [("leaf", "shape", "used by", "as")]
+        for path, uses in self.uses.items():
+            counts = collections.Counter(use.primitive for use in uses)
+            names = ", ".join(f"{name} x{n}" if n > 1 else name for name, n in counts.items())
+            rows.append((path, str(self.shapes[path]), names or "-", self.status(path)))
+        widths = [max(len(row[k]) for row in rows) for k in range(4)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+class Rewrite:
+    """Emits a jaxpr's equations again, with views among the values."""
+
+    def __init__(self, strict: bool):
+        self.strict = strict
+        self.uses: list[Use] = []
+
+    def run(self, jaxpr: Any, consts: list, values: list, compiled: dict | None = None) -> list:
+        """The outputs of a jaxpr. `compiled` is given for the outermost one alone."""
+        env = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, values, strict=True))
+        for equation in jaxpr.eqns:
+            operands = [_jaxpr.read(env, atom) for atom in equation.invars]
+            with _jaxpr.name_scope(equation):
+                outputs = self.emit(equation, operands, compiled)
+            env.update(zip(equation.outvars, outputs, strict=True))
+        return [_jaxpr.read(env, atom) for atom in jaxpr.outvars]
+
+    def emit(self, equation: Any, values: list, compiled: dict | None) -> list:
+        """The outputs of one equation."""
+        if not any(isinstance(x, View) for x in values):
+            return _jaxpr.bind(equation, values)
+        name = equation.primitive.name
+        if name in _CONTROL_FLOW:
+            return self.control_flow(equation, values, compiled)
+        if name in _LAZY and (result := _LAZY[name](equation.params, *values)) is not None:
+            return list(result) if isinstance(result, list) else [result]
+        if name in _PRODUCTS and (result := _PRODUCTS[name](equation.params, *values)) is not None:
+            for x in values:
+                if isinstance(x, View) and not isinstance(result, View):
+                    self.uses.append(Use(x.path, name, factored=True))
+            return [result]
+        return _jaxpr.bind(equation, [self.made_dense(x, name) for x in values])
+
+    def control_flow(self, equation: Any, values: list, compiled: dict | None) -> list:
+        rule = functools.partial(_CONTROL_FLOW[equation.primitive.name], self, equation)
+        tracing = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values))
+        if compiled is None or tracing:
+            return rule(*values)
+        # Eagerly, JAX compiles each loop or branch once and finds it again by its jaxpr. A loop
+        # that is written anew at each call would be compiled at each call, hence this jit.
+        if id(equation) not in compiled:
+            compiled[id(equation)] = jax.jit(rule)
+        return compiled[id(equation)](*values)
+
+    def made_dense(self, x: Any, primitive: str) -> Any:
+        """The value of a view that cannot stay lazy: an error if strict."""
+        if not isinstance(x, View):
+            return x
+        if self.strict:
+            raise ValueError(
+                f"{x.path} (shape {x.shape}) reaches {primitive!r}, which has no factored form: "
+                "only products, look-ups and rearrangements of an adapted or quantized weight do; "
+                "apply the operation to the activations instead, leave the leaf out of the "
+                "patterns, or write adapt(fn, strict=False) to have it made dense there"
+            )
+        self.uses.append(Use(x.path, primitive, factored=False))
+        return x.dense()
+
+    def returned(self, x: Any) -> Any:
+        """An output: a weight that was only passed through is returned as the leaf it is."""
+        if not isinstance(x, View):
+            return x
+        leaf = x.leaf()
+        return self.made_dense(x, "return") if leaf is None else leaf
+
+    def refuse_unused(self, adapted: Iterable[str]) -> None:
+        """An error if any of these paths was not used."""
+        used = {use.path for use in self.uses}
+        unused = [path for path in adapted if path not in used]
+        if unused:
+            raise ValueError(
+                f"the function never uses {', '.join(unused)}, so the adapter there would learn "
+                "nothing; leave it out of the rules, or write adapt(fn, strict=False)"
+            )
+
+
+# Equations that keep a view lazy. Each returns the new view, or None if it cannot.
+
+
+def _reshape(params, view, *_):
+    return None if params.get("dimensions") else view.reshaped(tuple(params["new_sizes"]))
+
+
+def _broadcast_in_dim(params, view, *_):
+    """Only with new axes of size one."""
+    shape, kept = params["shape"], params["broadcast_dimensions"]
+    if [shape[k] for k in kept] != list(view.shape) or list(kept) != sorted(kept):
+        return None
+    added = [k for k in range(len(shape)) if k not in kept]
+    return view.with_ones(added) if all(shape[k] == 1 for k in added) else None
+
+
+def _slice(params, view):
+    steps = params["strides"] or (1,) * len(view.shape)
+    sizes = [
+        hi - lo for lo, hi in zip(params["start_indices"], params["limit_indices"], strict=True)
+    ]
+    cut = [k for k, size in enumerate(sizes) if size != view.shape[k] or steps[k] != 1]
+    if len(cut) != 1:
+        return view if not cut else None
+    (axis,), start, stop = cut, params["start_indices"], params["limit_indices"]
+    batch_axis = view.batch_axis(axis)
+    if batch_axis is not None:
+        return view.on_batch(
+            lambda x: lax.slice_in_dim(x, start[axis], stop[axis], steps[axis], batch_axis)
+        )
+    return None
+
+
+def _dynamic_slice(params, view, *starts):
+    cut = [k for k, size in enumerate(params["slice_sizes"]) if size != view.shape[k]]
+    if len(cut) != 1:
+        return view if not cut else None
+    (axis,) = cut
+    size, batch_axis = params["slice_sizes"][axis], view.batch_axis(axis)
+    if batch_axis is None:
+        return None
+    return view.on_batch(lambda x: lax.dynamic_slice_in_dim(x, starts[axis], size, batch_axis))
+
+
+def _split(params, view):
+    batch_axis = view.batch_axis(params["axis"])
+    if batch_axis is None:
+        return None
+    parts, start = [], 0
+    for size in map(int, params["sizes"]):
+        cut = functools.partial(lax.slice_in_dim, start_index=start, limit_index=start + size)
+        parts.append(view.on_batch(functools.partial(cut, axis=batch_axis)))
+        start += size
+    return parts
+
+
+def _unstack(params, view):
+    axis = params["axis"]
+    if view.batch_axis(axis) is None:
+        return None
+    first = view.batch_first(axis)
+    rest = dataclasses.replace(first, order=tuple(k for k in first.order if k != 0))
+    one = lambda k: rest.on_batch(lambda x: x[k])
+    return [
+        dataclasses.replace(one(k), order=tuple(c - 1 for c in rest.order))
+        for k in range(view.shape[axis])
+    ]
+
+
+_LAZY: dict[str, Callable] = {
+    "transpose": lambda params, view: view.transposed(tuple(params["permutation"])),
+    "convert_element_type": lambda params, view: view.cast(params["new_dtype"]),
+    "reshape": _reshape,
+    "squeeze": lambda params, view: view.squeezed(tuple(params["dimensions"])),
+    "broadcast_in_dim": _broadcast_in_dim,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "split": _split,
+    "unstack": _unstack,
+    "optimization_barrier": lambda params, *values: list(values),
+    **{
+        name: lambda params, view: view
+        for name in ("copy", "copy_p", "stop_gradient", "sharding_constraint", "name")
+    },
+}
+
+
+# Equations that use a view up.
+
+
+def _slice_of_one(params, view, *starts):
+    """A slice of one row: what indexing an embedding with a scalar becomes."""
+    sizes = params.get("slice_sizes")
+    if sizes is None:
+        starts = params["start_indices"]
+        sizes = [hi - lo for lo, hi in zip(starts, params["limit_indices"], strict=True)]
+    cut = [k for k, size in enumerate(sizes) if size != view.shape[k]]
+    if len(cut) != 1 or sizes[cut[0]] != 1:
+        return None
+    index = jnp.clip(starts[cut[0]], 0, view.shape[cut[0]] - 1)
+    row = contract.take_one(view, cut[0], index)
+    return None if row is None else jnp.expand_dims(row, cut[0])
+
+
+_PRODUCTS: dict[str, Callable] = {
+    "dot_general": lambda params, lhs, rhs: contract.dot_general(lhs, rhs, params),
+    "ragged_dot_general": lambda params, lhs, rhs, sizes: contract.ragged_dot_general(
+        lhs, rhs, sizes, params
+    ),
+    "gather": lambda params, view, indices: (
+        contract.gather(view, indices, params) if isinstance(view, View) else None
+    ),
+    "slice": _slice_of_one,
+    "dynamic_slice": _slice_of_one,
+}
+
+
+# Control flow, written again with lax's public functions.
+
+
+def _inline(rewrite, equation, *values):
+    name = "jaxpr" if "jaxpr" in equation.params else "call_jaxpr"
+    return rewrite.run(*_jaxpr.opened(equation.params[name]), list(values))
+
+
+def _checkpoint(rewrite, equation, *values):
+    params = equation.params
+    jaxpr, consts = _jaxpr.opened(params["jaxpr"])
+    body = lambda *values: rewrite.run(jaxpr, consts, list(values))
+    options = dict(policy=params["policy"], prevent_cse=params["prevent_cse"])
+    return jax.checkpoint(body, **options)(*values)
+
+
+def _cond(rewrite, equation, index, *values):
+    branches = [
+        lambda *values, branch=branch: rewrite.run(*_jaxpr.opened(branch), list(values))
+        for branch in equation.params["branches"]
+    ]
+    dense = lambda branch: lambda *v: [rewrite.made_dense(x, "cond") for x in branch(*v)]
+    return lax.switch(index, [dense(branch) for branch in branches], *values)
+
+
+def _while(rewrite, equation, *values):
+    params = equation.params
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts = list(values[:n_cond]), list(values[n_cond : n_cond + n_body])
+    carry = list(values[n_cond + n_body :])
+    cond_jaxpr, cond_extra = _jaxpr.opened(params["cond_jaxpr"])
+    body_jaxpr, body_extra = _jaxpr.opened(params["body_jaxpr"])
+    fixed = _fixed_carry(body_jaxpr, n_body, carry)
+    moving = [rewrite.made_dense(x, "while") for k, x in enumerate(carry) if k not in fixed]
+
+    def cond(moving):
+        full = _with_fixed(moving, fixed)
+        return rewrite.run(cond_jaxpr, cond_extra, [*cond_consts, *full])[0]
+
+    def body(moving):
+        full = _with_fixed(moving, fixed)
+        outputs = rewrite.run(body_jaxpr, body_extra, [*body_consts, *full])
+        return [rewrite.made_dense(x, "while") for k, x in enumerate(outputs) if k not in fixed]
+
+    return _with_fixed(lax.while_loop(cond, body, moving), fixed)
+
+
+def _scan(rewrite, equation, *values):
+    params = equation.params
+    n_consts, n_carry = _jaxpr.scan_counts(equation)
+    jaxpr, extra = _jaxpr.opened(params["jaxpr"])
+    consts, carry = list(values[:n_consts]), list(values[n_consts : n_consts + n_carry])
+    xs = list(values[n_consts + n_carry :])
+    fixed = _fixed_carry(jaxpr, n_consts, carry)
+    moving = [rewrite.made_dense(x, "scan") for k, x in enumerate(carry) if k not in fixed]
+    # A view is scanned over if its first axis is a batch axis of the leaf.
+    for k, x in enumerate(xs):
+        if isinstance(x, View):
+            scanned = x.batch_axis(0) is not None
+            xs[k] = x.batch_first(0) if scanned else rewrite.made_dense(x, "scan")
+    # A slice that the body hands back unchanged is the whole operand again (NNX does so).
+    inputs = jaxpr.invars[n_consts + n_carry :]
+    returned = {
+        k: inputs.index(atom)
+        for k, atom in enumerate(jaxpr.outvars[n_carry:])
+        if atom in inputs and isinstance(xs[inputs.index(atom)], View)
+    }
+
+    def body(moving, xs):
+        xs = [x.entered() if isinstance(x, View) else x for x in xs]
+        full = _with_fixed(moving, fixed)
+        outputs = rewrite.run(jaxpr, extra, [*consts, *full, *xs])
+        carry = [x for k, x in enumerate(outputs[:n_carry]) if k not in fixed]
+        carry = [rewrite.made_dense(x, "scan") for x in carry]
+        ys = [x for k, x in enumerate(outputs[n_carry:]) if k not in returned]
+        return carry, [rewrite.made_dense(x, "scan") for x in ys]
+
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    moved, ys = lax.scan(body, moving, xs, **options)
+    remaining = iter(ys)
+    n_ys = len(jaxpr.outvars) - n_carry
+    ys = [xs[returned[k]] if k in returned else next(remaining) for k in range(n_ys)]
+    return [*_with_fixed(moved, fixed), *ys]
+
+
+def _fixed_carry(body: Any, n_consts: int, carry: list) -> dict[int, View]:
+    """The views among the carry that the body hands on unchanged."""
+    inputs = body.invars[n_consts : n_consts + len(carry)]
+    return {
+        k: x for k, x in enumerate(carry) if isinstance(x, View) and body.outvars[k] is inputs[k]
+    }
+
+
+def _with_fixed(moving: list, fixed: dict[int, View]) -> list:
+    remaining = iter(moving)
+    return [fixed[k] if k in fixed else next(remaining) for k in range(len(moving) + len(fixed))]
+
+
+_CONTROL_FLOW: dict[str, Callable] = {
+    "jit": _inline,
+    "pjit": _inline,
+    "closed_call": _inline,
+    "core_call": _inline,
+    "remat2": _checkpoint,
+    "checkpoint": _checkpoint,
+    "cond": _cond,
+    "while": _while,
+    "scan": _scan,
+}

@@ -1,0 +1,280 @@
+"""A lazy view: an adapted weight on its way through a function, before anything is computed.
+
+Transposes, casts, reshapes within an axis group, and slices or look-ups of batch axes only change
+how the weight is seen. A view records that and applies it when the weight is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core.leaves import AdaptedArray, Adapter, QuantizedArray, parameter_axes, split_axes
+from lora_jax.kernels import decode
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["base", "adapter", "scale", "dropout_key"],
+    meta_fields=["path", "layout", "outer", "inner", "ones", "order", "dtype"],
+)
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A weight, seen with its axes split, permuted and cast.
+
+    The canonical axes of a view are `(b..., o..., i..., 1...)`: the batch axes of the leaf, `out`
+    split into the sizes `outer`, `in` split into `inner`, and `ones` axes of size one. Axis k of
+    what the function sees is the canonical axis `order[k]`.
+
+    Invariants: all arrays of the leaf carry the batch axes first, so that a view is a pytree that
+    scan and vmap may slice (`entered` then drops the axis from `order`); everything static is
+    independent of the batch axes' number and sizes.
+
+    Attributes:
+      base: `jax.Array` in the parameter's own axes, or `QuantizedArray`.
+      adapter: `Adapter` or None.
+      scale, dropout_key: as in `AdaptedArray`.
+      path: the leaf's path, for messages.
+      layout: of the leaf.
+      outer, inner, ones, order: see above.
+      dtype: what the function sees.
+    """
+
+    base: Any
+    adapter: Adapter | None
+    scale: Any
+    dropout_key: Any
+    path: str
+    layout: str
+    outer: tuple[int, ...]
+    inner: tuple[int, ...]
+    ones: int
+    order: tuple[int, ...]
+    dtype: Any
+
+    @classmethod
+    def of(cls, leaf: AdaptedArray | QuantizedArray, path: str) -> View:
+        """The view that shows a leaf as the parameter it stands for."""
+        if isinstance(leaf, AdaptedArray):
+            base, adapter, scale, key = leaf.base, leaf.adapter, leaf.scale, leaf.dropout_key
+            layout = adapter.layout
+        else:
+            base, adapter, scale, key, layout = leaf, None, None, None, leaf.layout
+        batch = len(base.shape) - len(layout.split())
+        outer, inner = split_axes(layout, tuple(base.shape[batch:]))
+        order = parameter_axes(layout, batch)
+        dtype = np.dtype(base.dtype)
+        return cls(base, adapter, scale, key, path, layout, outer, inner, 0, order, dtype)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        if isinstance(self.base, QuantizedArray):
+            return self.base.batch_shape
+        return tuple(self.base.shape[: len(self.base.shape) - len(self.layout.split())])
+
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        return (*self.batch_shape, *self.outer, *self.inner, *(1,) * self.ones)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.canonical_shape[k] for k in self.order)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """`b`, `o`, `i` or `1` for each canonical axis."""
+        batch = len(self.batch_shape)
+        return (
+            *("b",) * batch,
+            *("o",) * len(self.outer),
+            *("i",) * len(self.inner),
+            *("1",) * self.ones,
+        )
+
+    def leaf(self) -> AdaptedArray | QuantizedArray | None:
+        """The leaf itself, if this is still its plain view; else None."""
+        leaf = self.base
+        if self.adapter is not None:
+            leaf = AdaptedArray(self.base, self.adapter, self.scale, self.dropout_key)
+        plain = View.of(leaf, self.path)
+        static = ("outer", "inner", "ones", "order", "dtype")
+        same = all(getattr(self, name) == getattr(plain, name) for name in static)
+        return leaf if same else None
+
+    # What the view is worth: the base alone, each factor, or all of it.
+
+    def dense_base(self) -> jax.Array:
+        """The base's values as the function sees them, without the update."""
+        batch = len(self.batch_shape)
+        if isinstance(self.base, QuantizedArray):
+            values = decode(self.base).reshape(self.canonical_shape)
+            return _permuted(values, self.order).astype(self.dtype)
+        own_outer, own_inner = split_axes(self.layout, tuple(self.base.shape[batch:]))
+        own_order = parameter_axes(self.layout, batch)
+        if (own_outer, own_inner, 0) == (self.outer, self.inner, self.ones):
+            # One permutation from the parameter to the view: usually none at all.
+            return _permuted(self.base, [own_order.index(k) for k in self.order]).astype(self.dtype)
+        canonical = _permuted(self.base, np.argsort(own_order))
+        return _permuted(canonical.reshape(self.canonical_shape), self.order).astype(self.dtype)
+
+    def dense(self) -> jax.Array:
+        """The whole weight made dense, update included."""
+        values = self.dense_base()
+        if self.adapter is None:
+            return values
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        a, b = self.adapter.a.astype(wide), self.adapter.b.astype(wide)
+        update = jnp.matmul(b, a) * self.factor_scale(wide)[..., None, None]  # [b..., out, in]
+        update = _permuted(update.reshape(self.canonical_shape), self.order)
+        return (values.astype(wide) + update).astype(self.dtype)
+
+    def factor_scale(self, dtype: Any) -> jax.Array:
+        """The factor on `b @ a`, `[b...]`."""
+        scale = jnp.full(self.batch_shape, self.adapter.scale, dtype)
+        return scale if self.scale is None else scale * self.scale.astype(dtype)
+
+    # How a view changes. Each returns None where the result is no view of one leaf any more.
+
+    def cast(self, dtype: Any) -> View | None:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return None
+        return dataclasses.replace(self, dtype=np.dtype(dtype))
+
+    def transposed(self, permutation: tuple[int, ...]) -> View:
+        return dataclasses.replace(self, order=tuple(self.order[k] for k in permutation))
+
+    def entered(self) -> View:
+        """The view inside a scan over its first axis, whose leaf has lost that batch axis."""
+        return dataclasses.replace(self, order=tuple(k - 1 for k in self.order[1:]))
+
+    def on_batch(self, fn: Callable[[jax.Array], jax.Array]) -> View:
+        """The view with `fn` applied to every array of the leaf (`fn` acts on batch axes alone)."""
+        fields = (self.base, self.adapter, self.scale, self.dropout_key)
+        base, adapter, scale, key = jax.tree.map(fn, fields)
+        return dataclasses.replace(self, base=base, adapter=adapter, scale=scale, dropout_key=key)
+
+    def batch_axis(self, axis: int) -> int | None:
+        """Which batch axis of the leaf the view's axis is, if it is one."""
+        canonical = self.order[axis]
+        return canonical if self.kinds[canonical] == "b" else None
+
+    def batch_first(self, axis: int) -> View:
+        """The same view over a leaf whose first batch axis is the view's axis `axis`."""
+        old = self.order[axis]
+        moved = self.on_batch(lambda x: jnp.moveaxis(x, old, 0))
+        rename = lambda k: 0 if k == old else k + 1 if k < old else k
+        return dataclasses.replace(moved, order=tuple(rename(k) for k in self.order))
+
+    def squeezed(self, axes: tuple[int, ...]) -> View | None:
+        """Without some axes of size one."""
+        view = self
+        for axis in sorted(axes, reverse=True):
+            canonical = view.order[axis]
+            kind = view.kinds[canonical]
+            order = [k for k in view.order if k != canonical]
+            order = tuple(k - (k > canonical) for k in order)
+            if kind == "b":
+                index = lambda x, c=canonical: jax.lax.index_in_dim(x, 0, c, keepdims=False)
+                view = dataclasses.replace(view.on_batch(index), order=order)
+            elif kind == "1":
+                view = dataclasses.replace(view, ones=view.ones - 1, order=order)
+            else:
+                name = "outer" if kind == "o" else "inner"
+                start = view.kinds.index(kind)
+                sizes = list(getattr(view, name))
+                if len(sizes) == 1:
+                    return None
+                del sizes[canonical - start]
+                view = dataclasses.replace(view, **{name: tuple(sizes)}, order=order)
+        return view
+
+    def with_ones(self, positions: list[int]) -> View:
+        """With new axes of size one at these positions of the result."""
+        first = len(self.canonical_shape)
+        order = list(self.order)
+        for number, position in enumerate(sorted(positions)):
+            order.insert(position, first + number)
+        return dataclasses.replace(self, ones=self.ones + len(positions), order=tuple(order))
+
+    def reshaped(self, shape: tuple[int, ...]) -> View | None:
+        """In another shape, if no new axis mixes axes of different kinds."""
+        view = self.squeezed(tuple(k for k, c in enumerate(self.order) if self.kinds[c] == "1"))
+        pieces = _matching_groups(view.shape, shape)
+        if pieces is None:
+            return None
+        if dropped := tuple(olds[0] for olds, news in pieces if not news):
+            view = view.squeezed(dropped)
+            return None if view is None else view.reshaped(shape)
+        batch: list[int] = []
+        sizes: dict[str, list[int]] = {"o": [], "i": []}
+        # New sizes in canonical order, and where in the new shape each of them stands.
+        placed: list[tuple[int, str, int]] = []
+        ones: list[int] = []
+        for old_axes, new_axes in pieces:
+            if not old_axes:
+                ones += new_axes
+                continue
+            canonical = [view.order[k] for k in old_axes]
+            kinds = {view.kinds[c] for c in canonical}
+            ascending = canonical == list(range(canonical[0], canonical[0] + len(canonical)))
+            if len(kinds) > 1 or not ascending:
+                return None
+            placed += [(canonical[0], kinds.copy().pop(), k) for k in new_axes]
+        placed.sort()
+        for _, kind, k in placed:
+            (batch if kind == "b" else sizes[kind]).append(shape[k])
+        if tuple(batch) != view.batch_shape:
+            old = len(view.batch_shape)
+            view = view.on_batch(lambda x: x.reshape(*batch, *x.shape[old:]))
+        order = [0] * (len(shape) - len(ones))
+        kept = [k for k in range(len(shape)) if k not in ones]
+        for canonical, (_, _, k) in enumerate(placed):
+            order[kept.index(k)] = canonical
+        view = dataclasses.replace(
+            view, outer=tuple(sizes["o"]), inner=tuple(sizes["i"]), order=tuple(order)
+        )
+        return view.with_ones(ones)
+
+
+def _permuted(x: jax.Array, order: Any) -> jax.Array:
+    order = tuple(int(k) for k in order)
+    return x if order == tuple(range(len(order))) else jnp.transpose(x, order)
+
+
+def _matching_groups(old: tuple[int, ...], new: tuple[int, ...]):
+    """Smallest groups of neighbouring axes of equal products: [(old axes, new axes), ...].
+
+    An axis of size one that finds no partner of size one stands in a group of its own.
+    """
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        old_one, new_one = i < len(old) and old[i] == 1, j < len(new) and new[j] == 1
+        if old_one != new_one:
+            groups.append(([i], []) if old_one else ([], [j]))
+            i, j = i + old_one, j + new_one
+            continue
+        if i == len(old) or j == len(new):
+            return None
+        olds, news = [i], [j]
+        i, j = i + 1, j + 1
+        while (left := math.prod(old[k] for k in olds)) != (
+            right := math.prod(new[k] for k in news)
+        ):
+            if left < right and i < len(old):
+                olds.append(i)
+                i += 1
+            elif right < left and j < len(new):
+                news.append(j)
+                j += 1
+            else:
+                return None
+        groups.append((olds, news))
+    return groups

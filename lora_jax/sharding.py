@@ -1,0 +1,137 @@
+"""Where the trees lie on a mesh, said once in terms of the dense parameters.
+
+A rule gives the `PartitionSpec` of the parameter as the model sees it. Codes, scales and factors
+follow from the layout: what shards an `o` axis shards the rows of the codes and of B, what shards
+an `i` axis their columns and those of A. The rank and the group scales (one float32 for 256 blocks)
+are replicated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lora_jax.core.leaves import AdaptedArray, Adapter, QuantizedArray, is_array
+from lora_jax.core.rules import first_matches
+from lora_jax.core.tree import map_leaves, named_leaves
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """A `NamedSharding` for each array of a tree.
+
+    Args:
+      tree: base, adapters, both in a tuple, or a combined tree; abstract trees work as well.
+      mesh: the devices.
+      rules: pairs of a path pattern and the `PartitionSpec` of the dense parameter; the first
+        match wins, and leaves without one are replicated.
+
+    Returns:
+      A tree of the same structure, for `jax.device_put`, `in_shardings` and the like.
+
+    Raises:
+      ValueError: if a pattern matches nothing, a spec names an unknown mesh axis or more axes than
+        the parameter has, or a size is not divisible by the devices that would share it.
+    """
+    paths = [path for path, leaf in named_leaves(tree) if is_array(leaf) or _is_ours(leaf)]
+    matches = first_matches([pattern for pattern, _ in rules], paths)
+
+    def one(path: str, leaf: Any) -> Any:
+        if not (is_array(leaf) or _is_ours(leaf)):
+            return leaf
+        spec = rules[matches[path]][1] if path in matches else PartitionSpec()
+        specs = _leaf_specs(path, leaf, spec)
+        return jax.tree.map(lambda x, s: _checked(path, x, mesh, s), leaf, specs)
+
+    return map_leaves(one, tree)
+
+
+def shard(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """The tree with every array placed on the mesh as `shardings` says."""
+    placed = shardings(tree, mesh, rules)
+    return jax.tree.map(lambda x, s: jax.device_put(x, s) if is_array(x) else x, tree, placed)
+
+
+def _is_ours(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedArray | Adapter | AdaptedArray)
+
+
+def _leaf_specs(path: str, leaf: Any, spec: PartitionSpec) -> Any:
+    """The leaf with a `PartitionSpec` in place of each of its arrays."""
+    if isinstance(leaf, AdaptedArray):
+        base = _leaf_specs(path, leaf.base, spec)
+        adapter = _leaf_specs(path, leaf.adapter, spec)
+        batch = PartitionSpec(*spec[: _batch_ndim(leaf.adapter)])
+        scale = None if leaf.scale is None else batch
+        keys = None if leaf.dropout_key is None else batch
+        return AdaptedArray(base, adapter, scale, keys)
+    if isinstance(leaf, QuantizedArray):
+        batch, out, inn = _matrix_axes(path, spec, leaf.layout, len(leaf.batch_shape))
+        matrix, per_matrix = PartitionSpec(*batch, out, inn), PartitionSpec(*batch)
+        optional = lambda x, s: None if x is None else s  # noqa: E731
+        return dataclasses.replace(
+            leaf,
+            codes=matrix,
+            scales=matrix,
+            group_scales=optional(leaf.group_scales, per_matrix),
+            offset=optional(leaf.offset, per_matrix),
+            minimum=optional(leaf.minimum, matrix),
+        )
+    if isinstance(leaf, Adapter):
+        batch, out, inn = _matrix_axes(path, spec, leaf.layout, len(leaf.batch_shape))
+        a, b = PartitionSpec(*batch, None, inn), PartitionSpec(*batch, out, None)
+        return dataclasses.replace(leaf, a=a, b=b)
+    return spec
+
+
+def _batch_ndim(adapter: Any) -> int:
+    return len(adapter.batch_shape) if isinstance(adapter, Adapter) else 0
+
+
+def _matrix_axes(path: str, spec: PartitionSpec, layout: str, batch: int) -> tuple:
+    """The mesh axes of the batch axes, of `out` and of `in`."""
+    letters = layout.split()
+    if len(spec) > batch + len(letters):
+        raise ValueError(
+            f"the spec {spec} of {path} has {len(spec)} entries, but the parameter has "
+            f"{batch + len(letters)} axes ({'b ' * batch}{layout})"
+        )
+    entries = [*spec, *(None,) * (batch + len(letters) - len(spec))]
+    merged = []
+    for letter in "oi":
+        group = [e for e, x in zip(entries[batch:], letters, strict=True) if x == letter]
+        if any(entry is not None for entry in group[1:]):
+            raise ValueError(
+                f"the spec {spec} of {path} shards a minor {letter!r} axis of layout {layout!r}; "
+                f"its {letter!r} axes are stored as one, so shard the first of them"
+            )
+        merged.append(group[0])
+    return (entries[:batch], *merged)
+
+
+def _checked(path: str, x: Any, mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+    if len(spec) > len(x.shape):
+        raise ValueError(
+            f"the spec {spec} of {path} has {len(spec)} entries, but its shape is {tuple(x.shape)}"
+        )
+    for size, entry in zip(x.shape, spec, strict=False):
+        names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        for name in names:
+            if name not in mesh.shape:
+                raise ValueError(
+                    f"the spec {spec} of {path} names the mesh axis {name!r}; the mesh has "
+                    f"{', '.join(map(repr, mesh.shape))}"
+                )
+        parts = math.prod(mesh.shape[name] for name in names)
+        if size % parts:
+            raise ValueError(
+                f"{path} stores an array of shape {tuple(x.shape)} whose axis of {size} the spec "
+                f"{spec} would divide among {parts} devices; shard another axis, or use fewer"
+            )
+    return NamedSharding(mesh, spec)
