@@ -81,12 +81,8 @@ def from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> DecoderConfig:
             raise ValueError(f"the GGUF metadata lacks {key!r}, without which no model is defined.")
         return metadata[key]
 
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    experts = metadata.get("llama.expert_count", 0)
-    for key, value, plain in (
-        ("llama.rope.scaling.type", scaling, "none"),
-        ("llama.expert_count", experts, 0),
-    ):
+    for key, plain in (("llama.rope.scaling.type", "none"), ("llama.expert_count", 0)):
+        value = metadata.get(key, plain)
         if value != plain:
             raise ValueError(
                 f"{key} is {value!r} in the GGUF metadata; only {plain!r} can be read."
@@ -99,9 +95,8 @@ def from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> DecoderConfig:
             f"llama.rope.dimension_count is {rotary_dim} and heads are {head_dim} wide; "
             "only rotary positions over whole heads can be read."
         )
-    vocab_size = metadata.get("llama.vocab_size")
     return DecoderConfig(
-        vocab_size=len(metadata["tokenizer.ggml.tokens"]) if vocab_size is None else vocab_size,
+        vocab_size=field("vocab_size"),
         dim=dim,
         mlp_dim=field("feed_forward_length"),
         num_layers=field("block_count"),
