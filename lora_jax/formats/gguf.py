@@ -181,21 +181,25 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def _build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """The byte-level BPE tokenizer that the metadata describes."""
-    model, splitter = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if (model, splitter) != ("gpt2", "smollm"):
+    kind, splitter = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if (kind, splitter) != ("gpt2", "smollm"):
         raise ValueError(
-            f"the tokenizer is of model {model!r} with pre-tokenizer {splitter!r}; "
+            f"the tokenizer is of model {kind!r} with pre-tokenizer {splitter!r}; "
             "only 'gpt2' with 'smollm' can be built."
         )
-    tokens, types, merges = (
-        metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "merges")
-    )
-    tokenizer = Tokenizer(
-        models.BPE(
+    lists = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
+    for key in lists:
+        if key not in metadata:
+            raise ValueError(f"the GGUF metadata lacks {key!r}, without which no text can be read.")
+    tokens, types, merges = (metadata[key] for key in lists)
+    try:
+        model = models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ")) for merge in merges],
         )
-    )
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"the tokenizer's vocabulary and merges do not fit: {error}.") from error
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -206,8 +210,8 @@ def _build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     tokenizer.add_special_tokens(
         [
             AddedToken(token, special=True, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind == gguf.TokenType.CONTROL
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type == gguf.TokenType.CONTROL
         ]
     )
     return tokenizer
