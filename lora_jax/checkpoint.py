@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.leaves import Adapter, is_array
+from lora_jax.core.leaves import Adapter
 from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import combine, map_leaves, named_leaves
 
@@ -48,6 +48,8 @@ def save_adapters(
 
     arrays, static = {}, {}
     for name, leaf in named_leaves(adapters):
+        if name in arrays:
+            raise ValueError(f"two leaves are both called {name!r}; rename one")
         fields = {"a": leaf.a, "b": leaf.b} if isinstance(leaf, Adapter) else {"value": leaf}
         if dtype is not None:
             fields = {key: value.astype(dtype) for key, value in fields.items()}

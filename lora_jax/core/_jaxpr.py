@@ -10,7 +10,7 @@ from jax.extend import core as jex
 
 
 def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
-    """A jaxpr and its constants: open before 0.11, `ClosedJaxpr` or `Jaxpr` depending on the use."""
+    """A jaxpr and its constants, which are held by a `ClosedJaxpr` before 0.11."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     return inner, list(getattr(jaxpr, "consts", None) or ())
 

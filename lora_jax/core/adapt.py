@@ -51,7 +51,7 @@ def adapt(fn: Callable, *, strict: bool = True) -> Callable:
     traces: collections.OrderedDict[Any, _Trace] = collections.OrderedDict()
 
     @functools.wraps(fn)
-    def adapted(tree: Any, *args: Any, **kwargs: Any) -> Any:
+    def adapted(tree: Any, /, *args: Any, **kwargs: Any) -> Any:
         return _call(fn, strict, traces, (tree, *args), kwargs)
 
     return adapted
@@ -68,7 +68,7 @@ def explain(fn: Callable) -> Callable[..., Report]:
     """
 
     @functools.wraps(fn)
-    def explained(tree: Any, *args: Any, **kwargs: Any) -> Report:
+    def explained(tree: Any, /, *args: Any, **kwargs: Any) -> Report:
         arguments = _Arguments.of((tree, *args), kwargs)
         rewrite = Rewrite(strict=False)
         jax.eval_shape(
@@ -98,21 +98,24 @@ class _Arguments:
     dynamic: list[Any]
     static: tuple[Any, ...]  # a value, or _DYNAMIC where the next dynamic leaf belongs
     paths: list[str]  # of the dynamic leaves
+    trained: list[bool]  # for each dynamic leaf, whether it is adapted or trained whole
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict) -> _Arguments:
         flat, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=_is_lazy)
-        dynamic, static, paths = [], [], []
+        dynamic, static, paths, trained = [], [], [], []
         for path, leaf in flat:
+            is_trained = isinstance(leaf, AdaptedArray)
             if isinstance(leaf, AdaptedArray) and leaf.is_replaced:
                 leaf = leaf.adapter.astype(leaf.dtype)
             if _is_lazy(leaf) or is_array(leaf):
                 dynamic.append(leaf)
                 paths.append(_argument_path(path))
+                trained.append(is_trained)
                 static.append(_DYNAMIC)
             else:
                 static.append(leaf)
-        return cls(treedef, dynamic, tuple(static), paths)
+        return cls(treedef, dynamic, tuple(static), paths, trained)
 
     def call(self, fn: Callable, dynamic: list[Any]) -> Any:
         values = iter(dynamic)
@@ -147,12 +150,13 @@ _DYNAMIC = object()
 
 def _argument_path(path: tuple) -> str:
     """The path within the first argument; other arguments are named by position or keyword."""
-    (_, container), rest = (None, path[0].idx), path[1:]
-    if container == 1:
+    in_kwargs, rest = path[0].idx == 1, path[1:]
+    if in_kwargs:
         return path_string(rest)
-    if rest[0].idx == 0:
-        return path_string(rest[1:])
-    return f"argument {rest[0].idx}: {path_string(rest[1:])}".removesuffix(": ")
+    position, rest = rest[0].idx, rest[1:]
+    if position == 0:
+        return path_string(rest) or "the weight"
+    return f"argument {position}: {path_string(rest)}".removesuffix(": ")
 
 
 def _dense_aval(leaf: Any) -> Any:
@@ -211,13 +215,32 @@ def _call(fn: Callable, strict: bool, traces: Any, args: tuple, kwargs: dict) ->
     trace, rewrite = _Trace.of(fn, arguments), Rewrite(strict)
     result = trace.run(rewrite, arguments.dynamic)
     if strict:
-        pairs = zip(arguments.paths, arguments.dynamic, strict=True)
-        rewrite.refuse_unused(path for path, leaf in pairs if isinstance(leaf, AdaptedArray))
+        _refuse_unused(arguments, trace, rewrite)
     if key is not None and not any(isinstance(x, jax.core.Tracer) for x in trace.consts):
         traces[key] = trace
         if len(traces) > TRACES_KEPT:
             traces.popitem(last=False)
     return result
+
+
+def _refuse_unused(arguments: _Arguments, trace: _Trace, rewrite: Rewrite) -> None:
+    """An error if a leaf that is trained was not used. Those trained whole are ordinary arrays."""
+    used = {use.path for use in rewrite.uses}
+    consumed = {id(atom) for equation in trace.jaxpr.eqns for atom in equation.invars}
+    consumed |= {id(atom) for atom in trace.jaxpr.outvars}
+    leaves = zip(
+        *(arguments.paths, arguments.dynamic, arguments.trained, trace.jaxpr.invars), strict=True
+    )
+    unused = [
+        path
+        for path, leaf, trained, variable in leaves
+        if trained and not (path in used if _is_lazy(leaf) else id(variable) in consumed)
+    ]
+    if unused:
+        raise ValueError(
+            f"the function never uses {', '.join(unused)}, so training it would learn nothing; "
+            "leave it out of the rules and of train=, or write adapt(fn, strict=False)"
+        )
 
 
 def _check_meshes(arguments: _Arguments) -> None:

@@ -8,6 +8,7 @@ here returns None where a use has no factored form, and leaves the verdict to it
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,6 @@ from jax import lax
 from lora_jax.core.leaves import QuantizedArray
 from lora_jax.core.view import View
 from lora_jax.kernels import decode_rows
-
 
 RANK, OTHER_RANK = 1000, 1001  # labels of rank axes; those of operands' axes count from zero
 
@@ -45,7 +45,8 @@ def dot_general(lhs: Any, rhs: Any, params: dict[str, Any]) -> jax.Array | None:
     """`lax.dot_general` where one operand is a `View`, or both are.
 
     Args:
-      lhs, rhs: arrays or views.
+      lhs: array or view.
+      rhs: array or view.
       params: the primitive's parameters.
 
     Returns:
@@ -87,15 +88,17 @@ def _product(
     """`product(W, x)` plus the update's share of it."""
     if view.adapter is None:
         return _base_product(view, x.value, product)
-    factors = _factors(view, labels, [k for k in x.labels if k not in out], x.value.dtype)
+    # Activations may be integers, or narrower than the weight: the product is of the wider dtype.
+    dtype = jnp.promote_types(x.value.dtype, view.dtype)
+    factors = _factors(view, labels, [k for k in x.labels if k not in out], dtype)
     if factors is None:
         return None
     first, second = factors
-    dropped = Labelled(_dropout(view, x.value), x.labels)
+    dropped = Labelled(_dropout(view, x.value.astype(dtype)), x.labels)
     needed = {*out, *second.labels}
     kept = [k for k in dict.fromkeys((*x.labels, *first.labels)) if k in needed]
     hidden = dropped.times(first, kept, precision)  # [T, r]
-    hidden = Labelled(hidden.value.astype(x.value.dtype), hidden.labels)
+    hidden = Labelled(hidden.value.astype(dtype), hidden.labels)
     update = hidden.times(second, out, precision)  # [T, out]
     y = _base_product(view, x.value, product)
     return y + update.value.astype(y.dtype)
@@ -107,7 +110,28 @@ def _base_product(view: View, x: jax.Array, product: Callable) -> jax.Array:
         return product(base.dense_base(), x)
     # Differentiation with respect to x needs the weight again. Left to itself it would keep the
     # decoded one; recomputing it from the codes is what makes the base four bits in training, too.
-    return jax.checkpoint(lambda view, x: product(view.dense_base(), x))(base, x)
+    return jax.checkpoint(lambda view, x: product(decoded_weight(view), x))(base, x)
+
+
+@jax.jit
+def decoded_weight(view: View) -> jax.Array:
+    """A quantized base made dense, as one equation of this name (see `never_saved`)."""
+    return view.dense_base()
+
+
+def never_saved(policy: Callable[..., Any]) -> Callable[..., Any]:
+    """A rematerialization policy that does as it is told, but for decoded weights.
+
+    A policy rules over the checkpoint in `_base_product` as well, and those that save whatever they
+    do not know would save the decoded weight.
+    """
+
+    def but_for_weights(primitive: Any, *args: Any, **params: Any) -> Any:
+        if params.get("name") == decoded_weight.__name__:
+            return False
+        return policy(primitive, *args, **params)
+
+    return but_for_weights
 
 
 def _factors(
@@ -131,10 +155,12 @@ def _factors(
         return None
     wide = jnp.promote_types(a.dtype, jnp.float32)
     scale = view.factor_scale(wide)
-    scaled = lambda x: x * scale.reshape(*batch_sizes, *(1,) * (x.ndim - batch))
-    if inner_summed:
-        return Labelled(a.astype(dtype), of_a), Labelled(scaled(b).astype(dtype), of_b)
-    return Labelled(b.astype(dtype), of_b), Labelled(scaled(a).astype(dtype), of_a)
+    a, b = Labelled(a, of_a), Labelled(b, of_b)
+    first, second = (a, b) if inner_summed else (b, a)
+    scaled = second.value * scale.reshape(*batch_sizes, *(1,) * (second.value.ndim - batch))
+    return Labelled(first.value.astype(dtype), first.labels), Labelled(
+        scaled.astype(dtype), second.labels
+    )
 
 
 def _dropout(view: View, x: jax.Array) -> jax.Array:
@@ -197,14 +223,17 @@ def ragged_dot_general(lhs: Any, rhs: Any, sizes: Any, params: dict[str, Any]) -
     y = _base_product(rhs, lhs, lambda w, x: lax.ragged_dot_general(x, w, sizes, **params))
     if rhs.adapter is None:
         return y
-    first, second = _factors(rhs, [0, 1, 2], [1], lhs.dtype)
-    # Both factors as [E, summed, produced].
-    in_order = lambda f, k: jnp.moveaxis(f.value, f.labels.index(k), 1)
-    wide = jnp.promote_types(lhs.dtype, jnp.float32)
-    options = dict(precision=params.get("precision"), preferred_element_type=wide)
-    x = _dropout(rhs, lhs)
-    hidden = lax.ragged_dot(x, in_order(first, 1), sizes, **options).astype(lhs.dtype)  # [T, r]
-    update = lax.ragged_dot(hidden, in_order(second, RANK), sizes, **options)  # [T, out]
+    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+    first, second = _factors(rhs, [0, 1, 2], [1], dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    def grouped_product(x: jax.Array, factor: Labelled, summed: int) -> jax.Array:
+        kernel = jnp.moveaxis(factor.value, factor.labels.index(summed), 1)  # [E, summed, produced]
+        options = {"precision": params.get("precision"), "preferred_element_type": wide}
+        return lax.ragged_dot(x, kernel, sizes, **options)
+
+    hidden = grouped_product(_dropout(rhs, lhs.astype(dtype)), first, 1).astype(dtype)  # [T, r]
+    update = grouped_product(hidden, second, RANK)  # [T, out]
     return y + update.astype(y.dtype)
 
 
@@ -219,90 +248,115 @@ def gather(view: View, indices: jax.Array, params: dict[str, Any]) -> jax.Array 
     Returns:
       The rows as an array, the chosen matrices as a view, or None for any other gather.
     """
-    numbers, mode = params["dimension_numbers"], lax.GatherScatterMode.from_any(params["mode"])
-    sizes = params["slice_sizes"]
-    collapsed = {int(k) for k in numbers.collapsed_slice_dims}
-    looked_up = collapsed | {k for k, n in enumerate(sizes) if n != view.shape[k]}
-    if len(looked_up) != 1 or numbers.operand_batching_dims:
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    mode = lax.GatherScatterMode.from_any(params["mode"])
+    fill = _fill_value(params) if mode == lax.GatherScatterMode.FILL_OR_DROP else None
+    paired = [int(k) for k in numbers.operand_batching_dims]
+    collapsed = [int(k) for k in numbers.collapsed_slice_dims]
+    cut = {k for k, n in enumerate(sizes) if n != view.shape[k]}
+    looked_up = {*collapsed, *cut} - {*paired}
+    indexed = [int(k) for k in numbers.start_index_map]
+    # Axes that are taken whole may be indexed, too, as vmapped slices are: clipping makes that 0.
+    if len(looked_up) != 1 or len(paired) > 1 or (len(indexed) > 1 and fill is not None):
         return None
     (axis,) = looked_up
-    indexed = [int(k) for k in numbers.start_index_map]
-    fill = mode == lax.GatherScatterMode.FILL_OR_DROP
-    # Axes that are taken whole may be indexed, too, as vmapped slices are: clipping makes that 0.
-    if axis not in indexed or sizes[axis] != 1 or (len(indexed) > 1 and fill):
+    if axis not in indexed or sizes[axis] != 1:
         return None
     rows = indices[..., indexed.index(axis)]
     # Where the axes of the index, and the operand's other axes, stand in the result.
     offsets = [int(k) for k in numbers.offset_dims]
-    ones = [] if axis in collapsed else [offsets.pop(axis)]
-    ndim = rows.ndim + len(offsets)
+    ones = [] if axis in collapsed else [offsets.pop(axis - sum(k < axis for k in paired))]
     kept_at = [k - sum(one < k for one in ones) for k in offsets]
-    rows_at = [k for k in range(ndim) if k not in kept_at]
-    if view.batch_axis(axis) is not None:
-        chosen = _choose_matrices(view.batch_first(axis), axis, rows, rows_at, kept_at, fill)
-        return chosen.with_ones(ones)
-    fetched = _fetch_rows(view, axis, rows, rows_at, kept_at, fill)
-    return None if fetched is None else jnp.expand_dims(fetched, ones)
+    rows_at = [k for k in range(rows.ndim + len(offsets)) if k not in kept_at]
+
+    if paired and _has_rows(view, axis, batch_axes=1) and view.batch_axis(paired[0]) is not None:
+        pair_at = int(numbers.start_indices_batching_dims[0])
+        first = view.transposed((paired[0], *(k for k in range(len(sizes)) if k != paired[0])))
+        below = axis - (paired[0] < axis)
+        one = jax.vmap(lambda view, rows: _rows(view.entered(), below, rows, fill), (0, pair_at))
+        values = jnp.moveaxis(one(first.batch_first(0), rows), 0, pair_at)
+    elif paired:
+        return None
+    elif view.batch_axis(axis) is not None:
+        chosen = _matrices(view.batch_first(axis), rows, fill)
+        return _placed(chosen, rows_at, kept_at).with_ones(ones)
+    elif _has_rows(view, axis):
+        values = _rows(view, axis, rows, fill)
+    else:
+        return None
+    return jnp.expand_dims(_placed(values, rows_at, kept_at), ones)
 
 
-def take_one(view: View, axis: int, index: jax.Array) -> jax.Array | None:
+def take_one(view: View, axis: int, index: Any) -> jax.Array | None:
     """A slice of size one along a matrix axis, without that axis: one row of an embedding."""
-    kept = list(range(len(view.shape) - 1))
-    return _fetch_rows(view, axis, jnp.asarray(index), [], kept, fill=False)
+    return _rows(view, axis, jnp.asarray(index), None) if _has_rows(view, axis) else None
 
 
-def _choose_matrices(view, axis, rows, rows_at, kept_at, fill) -> View:
+def _has_rows(view: View, axis: int, batch_axes: int = 0) -> bool:
+    """Whether an axis of a view counts the rows, or the columns, of one matrix."""
+    kind = view.kinds[view.order[axis]]
+    group = {"o": view.outer, "i": view.inner}.get(kind, ())
+    return len(group) == 1 and len(view.batch_shape) == batch_axes and not view.ones
+
+
+def _fill_value(params: dict[str, Any]) -> Any:
+    value = params.get("fill_value")
+    return jnp.nan if value is None else value
+
+
+def _placed(values: Any, rows_at: list[int], kept_at: list[int]) -> Any:
+    """Axes `[rows..., others...]` moved to where the result has them."""
+    order = [0] * (len(rows_at) + len(kept_at))
+    for k, position in enumerate((*rows_at, *kept_at)):
+        order[position] = k
+    if isinstance(values, View):
+        return values.transposed(tuple(order))
+    return jnp.transpose(values, order)
+
+
+def _matrices(view: View, rows: jax.Array, fill: Any) -> View:
+    """Whole matrices of the first batch axis, seen as `[rows..., others...]`."""
+    size = view.batch_shape[0]
+    outside = (rows < 0) | (rows >= size)
+
     def take(x: jax.Array) -> jax.Array:
-        floating = jnp.issubdtype(x.dtype, jnp.floating)
-        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
-            return x[jnp.clip(rows, 0, x.shape[0] - 1)]
-        return jnp.take(x, rows, axis=0, mode="fill" if fill and floating else "clip")
+        taken = x[jnp.clip(rows, 0, size - 1)]
+        if fill is None or not jnp.issubdtype(x.dtype, jnp.floating):
+            return taken
+        # NaN scales make NaN weights. Another fill value no leaf can stand for.
+        return jnp.where(outside.reshape(*rows.shape, *(1,) * (x.ndim - 1)), jnp.nan, taken)
 
-    others = [k - 1 + rows.ndim for k in view.order[:axis] + view.order[axis + 1 :]]
-    order = [0] * (rows.ndim + len(others))
-    for canonical, position in enumerate(rows_at):
-        order[position] = canonical
-    for canonical, position in zip(others, kept_at, strict=True):
-        order[position] = canonical
-    return dataclasses.replace(view.on_batch(take), order=tuple(order))
+    others = [k - 1 + rows.ndim for k in view.order if k != 0]
+    return dataclasses.replace(view.on_batch(take), order=(*range(rows.ndim), *others))
 
 
-def _fetch_rows(view, axis, rows, rows_at, kept_at, fill) -> jax.Array | None:
+def _rows(view: View, axis: int, rows: jax.Array, fill: Any) -> jax.Array:
+    """Rows along a matrix axis, `[rows..., others...]`; those outside hold `fill`, if given."""
     canonical = view.order[axis]
     kind = view.kinds[canonical]
-    simple = not view.batch_shape and not view.ones
-    if not simple or len(view.outer if kind == "o" else view.inner) != 1:
-        return None
-    mode = "fill" if fill else "clip"
+    size = view.shape[axis]
+    outside = (rows < 0) | (rows >= size)
+    rows = jnp.clip(rows, 0, size - 1)
     if isinstance(view.base, QuantizedArray) and kind == "o":
-        values = decode_rows(view.base, rows).reshape(*rows.shape, *view.inner)  # [n..., in]
-        if fill:
-            outside = (rows < 0) | (rows >= view.shape[axis])
-            outside = outside.reshape(*rows.shape, *(1,) * len(view.inner))
-            values = jnp.where(outside, jnp.nan, values)
+        values = decode_rows(view.base, rows).reshape(*rows.shape, *view.inner)
+        values = functools.reduce(lambda x, dtype: x.astype(dtype), view.casts, values)
     else:
-        base = dataclasses.replace(view, order=tuple(range(len(view.order)))).dense_base()
-        values = jnp.moveaxis(
-            jnp.take(base, rows, axis=canonical, mode=mode),
-            range(canonical, canonical + rows.ndim),
-            range(rows.ndim),
-        )
-    values = values.astype(view.dtype)
+        plain = dataclasses.replace(view, order=tuple(range(len(view.order))))
+        values = jnp.moveaxis(plain.dense_base(), canonical, 0)[rows]
     if view.adapter is not None:
         a, b = view.adapter.a, view.adapter.b
-        of_rows, other = (b, a) if kind == "o" else (a.T, b.T)  # [rows, r], [r, others]
-        wide = jnp.promote_types(a.dtype, jnp.float32)
-        hidden = jnp.take(of_rows, rows, axis=0, mode=mode).astype(view.dtype)  # [n..., r]
-        scaled = (other * view.factor_scale(wide)).astype(view.dtype)
+        of_rows, other = (b, a) if kind == "o" else (a.T, b.T)  # [size, r], [r, others]
+        scaled = other * view.factor_scale(jnp.promote_types(a.dtype, jnp.float32))
         wide = jnp.promote_types(view.dtype, jnp.float32)
-        update = jnp.matmul(hidden, scaled, preferred_element_type=wide)  # [n..., others]
+        update = jnp.matmul(
+            *(of_rows[rows].astype(view.dtype), scaled.astype(view.dtype)),
+            preferred_element_type=wide,
+        )
         values = values + update.reshape(values.shape).astype(view.dtype)
-    # `values` is [n..., others in canonical order]; put every axis where the gather has it.
+    if fill is not None:
+        mask = outside.reshape(*rows.shape, *(1,) * (values.ndim - rows.ndim))
+        values = jnp.where(mask, jnp.asarray(fill, values.dtype), values)
+    # `values` is [rows..., others in canonical order]; the view may have permuted the others.
     others = [k for k in view.order if k != canonical]
-    rank_of = {k: n for n, k in enumerate(sorted(others))}
-    order = [0] * values.ndim
-    for n, position in enumerate(rows_at):
-        order[position] = n
-    for k, position in zip(others, kept_at, strict=True):
-        order[position] = rows.ndim + rank_of[k]
-    return jnp.transpose(values, order)
+    order = [rows.ndim + sorted(others).index(k) for k in others]
+    return jnp.transpose(values, (*range(rows.ndim), *order))

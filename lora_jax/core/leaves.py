@@ -5,9 +5,9 @@
     combined:  {"q": {"kernel": AdaptedArray},   "norm": {"scale": Array}}
 
 Shapes: `in` is the contracted size of a weight, `out` the produced one, `r` the rank, `G` the block
-size, and `b...` any number of leading batch axes (layers, experts, runs). Batch axes are free: every
-array of a leaf carries them first and no static field depends on them, so `lax.scan` may slice a
-leaf and `vmap` may batch it like any other pytree.
+size, and `b...` any number of leading batch axes (layers, experts, runs). Batch axes are free:
+every array of a leaf carries them first and no static field depends on them, so `lax.scan` may
+slice a leaf and `vmap` may batch it like any other pytree.
 """
 
 from __future__ import annotations
@@ -71,18 +71,22 @@ class QuantizedArray:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the batch axes."""
         return tuple(self.codes.shape[:-2])
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The parameter's shape."""
         return (*self.batch_shape, *self.axis_sizes)
 
     @property
     def ndim(self) -> int:
+        """The parameter's number of axes."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """The parameter's number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -91,6 +95,8 @@ class QuantizedArray:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     def __repr__(self) -> str:
+        if not hasattr(self.codes, "shape"):  # a tree of something else, such as shardings
+            return f"QuantizedArray(codes={self.codes!r}, scales={self.scales!r}, ...)"
         scales = "double-quantized" if self.group_scales is not None else "float32"
         return (
             f"QuantizedArray({self.kind}, shape={self.shape}, dtype={self.dtype}, "
@@ -121,10 +127,12 @@ class Adapter:
 
     @property
     def rank(self) -> int:
+        """Width of the update, r."""
         return self.a.shape[-2]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the batch axes."""
         return tuple(self.a.shape[:-2])
 
     def __repr__(self) -> str:
@@ -158,18 +166,22 @@ class AdaptedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The parameter's shape."""
         return tuple(self.base.shape)
 
     @property
     def dtype(self) -> Any:
+        """The parameter's dtype."""
         return self.base.dtype
 
     @property
     def ndim(self) -> int:
+        """The parameter's number of axes."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """The parameter's number of elements."""
         return math.prod(self.shape)
 
 
@@ -179,12 +191,12 @@ def is_leaf(x: Any) -> bool:
 
 
 def is_array(x: Any) -> bool:
-    """Whether `x` holds numbers that JAX can trace: arrays, NumPy arrays, tracers, abstract ones."""
+    """Whether JAX can trace `x`: a JAX or NumPy array, a tracer, or an abstract array."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def is_concrete(x: Any) -> bool:
-    """Whether the values of `x` can be looked at now, that is outside of jit, vmap and eval_shape."""
+    """Whether the values of `x` can be looked at now: not under jit, vmap or eval_shape."""
     return is_array(x) and not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
@@ -217,6 +229,8 @@ def parse_layout(layout: str | None, shape: tuple[int, ...], where: str) -> str:
             'layout="b i o" for scanned layers or experts, "i o o" or "i i o" for the q or o '
             "projections of DenseGeneral"
         )
+    if not isinstance(layout, str):
+        raise TypeError(f'layout of {where} is {layout!r}, expected a str such as "i o"')
     letters = layout.split()
     trailing = [letter for letter in letters if letter != "b"]
     malformed = any(letter not in LAYOUT_LETTERS for letter in letters)

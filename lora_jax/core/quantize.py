@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.codebooks import codebook, decision_points, scale_codebook
+from lora_jax.core.codebooks import KINDS, decision_points, scale_codebook
 from lora_jax.core.leaves import (
     QuantizedArray,
     from_matrix,
@@ -24,6 +24,7 @@ from lora_jax.core.leaves import (
 )
 from lora_jax.kernels import xla
 
+LARGEST = 1e37  # beyond it the mean of the scales, which double quantization takes, may overflow
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -58,7 +59,7 @@ def quantize_array(
     Raises:
       TypeError: if `w` is no array, or its dtype is not one of the three.
       ValueError: for an unknown kind, block size or layout, a contracted size that the block size
-        does not divide, and values that are NaN or infinite.
+        does not divide, and values that are NaN, infinite or above 1e37 (not seen under jit).
     """
     if not is_array(w):
         raise TypeError(f"{name} is {type(w).__name__}, expected an array of floats")
@@ -68,7 +69,8 @@ def quantize_array(
             f"{name} has dtype {dtype}, expected float32, bfloat16 or float16; cast it first, "
             "for example with w.astype(jnp.float32), or leave it out of the pattern"
         )
-    codebook(kind, 64)  # refuses an unknown kind before anything is computed
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; write one of {', '.join(map(repr, KINDS))}")
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size!r}, expected one of {BLOCK_SIZES}")
     layout = parse_layout(layout, tuple(w.shape), name)
@@ -83,8 +85,11 @@ def quantize_array(
             f"{layout!r}), which blocks of {block_size} do not divide; "
             + (f"write block_size={fitting[-1]}" if fitting else "leave it out of the pattern")
         )
-    if is_concrete(w) and not bool(jnp.isfinite(jnp.asarray(w)).all()):
-        raise ValueError(f"{name} holds NaN or infinite values; repair the checkpoint first")
+    if is_concrete(w) and not bool(jnp.abs(jnp.asarray(w)).max() < LARGEST):
+        raise ValueError(
+            f"{name} holds values that are NaN, infinite or above {LARGEST:g}; repair the "
+            "checkpoint first"
+        )
 
     codes, absmax = _encode(jnp.asarray(w), kind, block_size, layout)
     scales = _double_quantize(absmax) if double_quant else (absmax, None, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -93,6 +93,7 @@ class Rewrite:
         return _jaxpr.bind(equation, [self.made_dense(x, name) for x in values])
 
     def control_flow(self, equation: Any, values: list, compiled: dict | None) -> list:
+        """The outputs of a loop, branch or inner function that meets a view."""
         rule = functools.partial(_CONTROL_FLOW[equation.primitive.name], self, equation)
         tracing = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values))
         if compiled is None or tracing:
@@ -124,16 +125,6 @@ class Rewrite:
         leaf = x.leaf()
         return self.made_dense(x, "return") if leaf is None else leaf
 
-    def refuse_unused(self, adapted: Iterable[str]) -> None:
-        """An error if any of these paths was not used."""
-        used = {use.path for use in self.uses}
-        unused = [path for path in adapted if path not in used]
-        if unused:
-            raise ValueError(
-                f"the function never uses {', '.join(unused)}, so the adapter there would learn "
-                "nothing; leave it out of the rules, or write adapt(fn, strict=False)"
-            )
-
 
 # Equations that keep a view lazy. Each returns the new view, or None if it cannot.
 
@@ -152,54 +143,55 @@ def _broadcast_in_dim(params, view, *_):
 
 
 def _slice(params, view):
-    steps = params["strides"] or (1,) * len(view.shape)
-    sizes = [
-        hi - lo for lo, hi in zip(params["start_indices"], params["limit_indices"], strict=True)
-    ]
-    cut = [k for k, size in enumerate(sizes) if size != view.shape[k] or steps[k] != 1]
-    if len(cut) != 1:
-        return view if not cut else None
-    (axis,), start, stop = cut, params["start_indices"], params["limit_indices"]
-    batch_axis = view.batch_axis(axis)
-    if batch_axis is not None:
-        return view.on_batch(
-            lambda x: lax.slice_in_dim(x, start[axis], stop[axis], steps[axis], batch_axis)
-        )
-    return None
+    starts, stops = params["start_indices"], params["limit_indices"]
+    steps = params["strides"] or (1,) * len(starts)
+    for axis, bounds in enumerate(zip(starts, stops, steps, strict=True)):
+        if bounds != (0, view.shape[axis], 1):
+            cut = functools.partial(lax.slice_in_dim, **dict(zip(_SLICE, bounds, strict=True)))
+            view = view.along_batch(axis, cut)
+        if view is None:
+            return None
+    return view
+
+
+_SLICE = ("start_index", "limit_index", "stride")
 
 
 def _dynamic_slice(params, view, *starts):
-    cut = [k for k, size in enumerate(params["slice_sizes"]) if size != view.shape[k]]
-    if len(cut) != 1:
-        return view if not cut else None
-    (axis,) = cut
-    size, batch_axis = params["slice_sizes"][axis], view.batch_axis(axis)
-    if batch_axis is None:
-        return None
-    return view.on_batch(lambda x: lax.dynamic_slice_in_dim(x, starts[axis], size, batch_axis))
+    for axis, (start, size) in enumerate(zip(starts, params["slice_sizes"], strict=True)):
+        if size != view.shape[axis]:
+            cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+            view = view.along_batch(axis, cut)
+        if view is None:
+            return None
+    return view
+
+
+def _rev(params, view):
+    for axis in params["dimensions"]:
+        view = view.along_batch(axis, lambda x, axis: lax.rev(x, (axis,)))
+        if view is None:
+            return None
+    return view
 
 
 def _split(params, view):
-    batch_axis = view.batch_axis(params["axis"])
-    if batch_axis is None:
-        return None
     parts, start = [], 0
     for size in map(int, params["sizes"]):
         cut = functools.partial(lax.slice_in_dim, start_index=start, limit_index=start + size)
-        parts.append(view.on_batch(functools.partial(cut, axis=batch_axis)))
+        parts.append(view.along_batch(params["axis"], cut))
         start += size
-    return parts
+    return None if None in parts else parts
 
 
 def _unstack(params, view):
     axis = params["axis"]
     if view.batch_axis(axis) is None:
         return None
-    first = view.batch_first(axis)
-    rest = dataclasses.replace(first, order=tuple(k for k in first.order if k != 0))
-    one = lambda k: rest.on_batch(lambda x: x[k])
     return [
-        dataclasses.replace(one(k), order=tuple(c - 1 for c in rest.order))
+        view.along_batch(
+            axis, functools.partial(lax.slice_in_dim, start_index=k, limit_index=k + 1)
+        ).squeezed((axis,))
         for k in range(view.shape[axis])
     ]
 
@@ -212,13 +204,15 @@ _LAZY: dict[str, Callable] = {
     "broadcast_in_dim": _broadcast_in_dim,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "rev": _rev,
     "split": _split,
     "unstack": _unstack,
     "optimization_barrier": lambda params, *values: list(values),
-    **{
-        name: lambda params, view: view
-        for name in ("copy", "copy_p", "stop_gradient", "sharding_constraint", "name")
-    },
+    "stop_gradient": lambda params, view: view.on_batch(lax.stop_gradient),
+    "copy": lambda params, view: view,
+    "copy_p": lambda params, view: view,
+    "name": lambda params, view: view,
+    "sharding_constraint": lambda params, view: view,
 }
 
 
@@ -263,18 +257,22 @@ def _inline(rewrite, equation, *values):
 def _checkpoint(rewrite, equation, *values):
     params = equation.params
     jaxpr, consts = _jaxpr.opened(params["jaxpr"])
-    body = lambda *values: rewrite.run(jaxpr, consts, list(values))
-    options = dict(policy=params["policy"], prevent_cse=params["prevent_cse"])
-    return jax.checkpoint(body, **options)(*values)
+    policy = params["policy"] and contract.never_saved(params["policy"])
+
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=params["prevent_cse"])
+    def body(*values):
+        return rewrite.run(jaxpr, consts, list(values))
+
+    return body(*values)
 
 
 def _cond(rewrite, equation, index, *values):
-    branches = [
-        lambda *values, branch=branch: rewrite.run(*_jaxpr.opened(branch), list(values))
-        for branch in equation.params["branches"]
-    ]
-    dense = lambda branch: lambda *v: [rewrite.made_dense(x, "cond") for x in branch(*v)]
-    return lax.switch(index, [dense(branch) for branch in branches], *values)
+    def rewritten(branch):
+        jaxpr, consts = _jaxpr.opened(branch)
+        run = lambda *values: rewrite.run(jaxpr, consts, list(values))  # noqa: E731
+        return lambda *values: [rewrite.made_dense(x, "cond") for x in run(*values)]
+
+    return lax.switch(index, [rewritten(x) for x in equation.params["branches"]], *values)
 
 
 def _while(rewrite, equation, *values):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import math
+import numbers
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -39,12 +41,17 @@ class LoraRule:
 
     def __post_init__(self):
         compile_pattern(self.pattern)
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        whole = isinstance(self.rank, numbers.Integral) and not isinstance(self.rank, bool)
+        if not whole or self.rank < 1:
             raise ValueError(f"rank is {self.rank!r}, expected a whole number of at least 1")
-        if not math.isfinite(self.alpha):
+        if not isinstance(self.alpha, numbers.Real) or not math.isfinite(self.alpha):
             raise ValueError(f"alpha is {self.alpha!r}, expected a finite number")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}, expected a probability below 1")
+        # Plain Python numbers, so that rules hash, compare and print alike wherever they came from.
+        object.__setattr__(self, "rank", int(self.rank))
+        object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "dropout", float(self.dropout))
 
     @property
     def scale(self) -> float:
@@ -94,8 +101,12 @@ def first_matches(patterns: Iterable[str], paths: Sequence[str]) -> dict[str, in
     """For each path that some pattern matches, the number of the first such pattern.
 
     Raises:
-      ValueError: if a pattern matches no path at all.
+      ValueError: if a pattern matches no path at all, or two leaves have the same path.
     """
+    if repeated := [path for path, n in collections.Counter(paths).items() if n > 1]:
+        raise ValueError(
+            f"two leaves are both called {repeated[0]!r}, since a name holds a '/'; rename one"
+        )
     matches: dict[str, int] = {}
     for number, pattern in enumerate(patterns):
         found = [path for path in paths if compile_pattern(pattern).search(path)]

@@ -58,7 +58,10 @@ def quantize(
     Args:
       params: any pytree of parameters.
       pattern: regular expression searched in each leaf's path (or several of them).
-      kind, block_size, double_quant, layout: see `quantize_array`.
+      kind: see `quantize_array`, as for the options below.
+      block_size: elements that share a scale.
+      double_quant: whether to store the scales in 8 bits.
+      layout: which axes are contracted, produced or batch; the same for all that match.
 
     Returns:
       The same tree with a `QuantizedArray` at each leaf that matched.
@@ -215,13 +218,12 @@ def combine(base: Any, adapters: Any, *, scales: Any = None, dropout_key: Any = 
             scale = jnp.broadcast_to(jnp.asarray(scale), batch)
         keys = None
         if dropout_key is not None and adapter.dropout:
-            typed = dropout_key
-            if not jnp.issubdtype(typed.dtype, jax.dtypes.prng_key):
-                typed = jax.random.wrap_key_data(typed)
-            keys = fold_path(typed, path)
+            keys = fold_path(dropout_key, path)
             keys = jax.random.split(keys, batch) if batch else keys
         return AdaptedArray(leaf, adapter, scale, keys)
 
+    if dropout_key is not None:
+        dropout_key = _typed_key(dropout_key)
     if scales is not None and jax.tree.structure(scales) == jax.tree.structure(0):
         scale = scales
         scales = jax.tree.map(lambda x: scale, adapters, is_leaf=lambda x: isinstance(x, Adapter))
@@ -229,6 +231,16 @@ def combine(base: Any, adapters: Any, *, scales: Any = None, dropout_key: Any = 
     for name, tree in zip(("adapters", "scales"), trees, strict=False):
         _check_structure(name, base, tree)
     return map_leaves(one, base, *trees)
+
+
+def _typed_key(key: Any) -> jax.Array:
+    if not is_array(key):
+        raise TypeError(
+            f"dropout_key is {key!r}, expected a JAX key; write jax.random.key({key!r})"
+        )
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
 
 
 def _check_structure(name: str, base: Any, tree: Any) -> None:
@@ -359,6 +371,7 @@ class ParamCount:
 
     @property
     def total(self) -> int:
+        """All parameters."""
         return self.trainable + self.frozen
 
     @property

@@ -23,7 +23,7 @@ from lora_jax.kernels import decode
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["base", "adapter", "scale", "dropout_key"],
-    meta_fields=["path", "layout", "outer", "inner", "ones", "order", "dtype"],
+    meta_fields=["path", "layout", "outer", "inner", "ones", "order", "casts"],
 )
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -44,7 +44,7 @@ class View:
       path: the leaf's path, for messages.
       layout: of the leaf.
       outer, inner, ones, order: see above.
-      dtype: what the function sees.
+      casts: the dtypes that the function cast the weight to, one after the other: each may round.
     """
 
     base: Any
@@ -57,7 +57,7 @@ class View:
     inner: tuple[int, ...]
     ones: int
     order: tuple[int, ...]
-    dtype: Any
+    casts: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, leaf: AdaptedArray | QuantizedArray, path: str) -> View:
@@ -70,21 +70,28 @@ class View:
         batch = len(base.shape) - len(layout.split())
         outer, inner = split_axes(layout, tuple(base.shape[batch:]))
         order = parameter_axes(layout, batch)
-        dtype = np.dtype(base.dtype)
-        return cls(base, adapter, scale, key, path, layout, outer, inner, 0, order, dtype)
+        return cls(base, adapter, scale, key, path, layout, outer, inner, 0, order)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype that the function sees."""
+        return np.dtype(self.casts[-1] if self.casts else self.base.dtype)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the leaf's batch axes."""
         if isinstance(self.base, QuantizedArray):
             return self.base.batch_shape
         return tuple(self.base.shape[: len(self.base.shape) - len(self.layout.split())])
 
     @property
     def canonical_shape(self) -> tuple[int, ...]:
+        """Sizes of the canonical axes."""
         return (*self.batch_shape, *self.outer, *self.inner, *(1,) * self.ones)
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape that the function sees."""
         return tuple(self.canonical_shape[k] for k in self.order)
 
     @property
@@ -104,36 +111,41 @@ class View:
         if self.adapter is not None:
             leaf = AdaptedArray(self.base, self.adapter, self.scale, self.dropout_key)
         plain = View.of(leaf, self.path)
-        static = ("outer", "inner", "ones", "order", "dtype")
+        static = ("outer", "inner", "ones", "order", "casts")
         same = all(getattr(self, name) == getattr(plain, name) for name in static)
         return leaf if same else None
 
-    # What the view is worth: the base alone, each factor, or all of it.
+    # What the view is worth: the base alone, or all of it.
 
     def dense_base(self) -> jax.Array:
         """The base's values as the function sees them, without the update."""
-        batch = len(self.batch_shape)
+        return self._cast(self._base_values())
+
+    def dense(self) -> jax.Array:
+        """The whole weight made dense, update included."""
+        values = self._base_values()
+        if self.adapter is None:
+            return self._cast(values)
+        wide = jnp.promote_types(values.dtype, jnp.float32)
+        a, b = self.adapter.a.astype(wide), self.adapter.b.astype(wide)
+        update = jnp.matmul(b, a) * self.factor_scale(wide)[..., None, None]  # [b..., out, in]
+        update = _permuted(update.reshape(self.canonical_shape), self.order)
+        return self._cast((values.astype(wide) + update).astype(values.dtype))
+
+    def _base_values(self) -> jax.Array:
         if isinstance(self.base, QuantizedArray):
-            values = decode(self.base).reshape(self.canonical_shape)
-            return _permuted(values, self.order).astype(self.dtype)
+            return _permuted(decode(self.base).reshape(self.canonical_shape), self.order)
+        batch = len(self.batch_shape)
         own_outer, own_inner = split_axes(self.layout, tuple(self.base.shape[batch:]))
         own_order = parameter_axes(self.layout, batch)
         if (own_outer, own_inner, 0) == (self.outer, self.inner, self.ones):
             # One permutation from the parameter to the view: usually none at all.
-            return _permuted(self.base, [own_order.index(k) for k in self.order]).astype(self.dtype)
+            return _permuted(self.base, [own_order.index(k) for k in self.order])
         canonical = _permuted(self.base, np.argsort(own_order))
-        return _permuted(canonical.reshape(self.canonical_shape), self.order).astype(self.dtype)
+        return _permuted(canonical.reshape(self.canonical_shape), self.order)
 
-    def dense(self) -> jax.Array:
-        """The whole weight made dense, update included."""
-        values = self.dense_base()
-        if self.adapter is None:
-            return values
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        a, b = self.adapter.a.astype(wide), self.adapter.b.astype(wide)
-        update = jnp.matmul(b, a) * self.factor_scale(wide)[..., None, None]  # [b..., out, in]
-        update = _permuted(update.reshape(self.canonical_shape), self.order)
-        return (values.astype(wide) + update).astype(self.dtype)
+    def _cast(self, values: jax.Array) -> jax.Array:
+        return functools.reduce(lambda x, dtype: x.astype(dtype), self.casts, values)
 
     def factor_scale(self, dtype: Any) -> jax.Array:
         """The factor on `b @ a`, `[b...]`."""
@@ -143,11 +155,13 @@ class View:
     # How a view changes. Each returns None where the result is no view of one leaf any more.
 
     def cast(self, dtype: Any) -> View | None:
+        """In another float dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        return dataclasses.replace(self, dtype=np.dtype(dtype))
+        return dataclasses.replace(self, casts=(*self.casts, np.dtype(dtype)))
 
     def transposed(self, permutation: tuple[int, ...]) -> View:
+        """With its axes permuted."""
         return dataclasses.replace(self, order=tuple(self.order[k] for k in permutation))
 
     def entered(self) -> View:
@@ -165,12 +179,19 @@ class View:
         canonical = self.order[axis]
         return canonical if self.kinds[canonical] == "b" else None
 
+    def along_batch(self, axis: int, fn: Callable[..., jax.Array]) -> View | None:
+        """With `fn(array, axis=...)` applied along one axis, if that is a batch axis."""
+        batch_axis = self.batch_axis(axis)
+        if batch_axis is None:
+            return None
+        return self.on_batch(functools.partial(fn, axis=batch_axis))
+
     def batch_first(self, axis: int) -> View:
         """The same view over a leaf whose first batch axis is the view's axis `axis`."""
         old = self.order[axis]
         moved = self.on_batch(lambda x: jnp.moveaxis(x, old, 0))
-        rename = lambda k: 0 if k == old else k + 1 if k < old else k
-        return dataclasses.replace(moved, order=tuple(rename(k) for k in self.order))
+        order = tuple(0 if k == old else k + 1 if k < old else k for k in self.order)
+        return dataclasses.replace(moved, order=order)
 
     def squeezed(self, axes: tuple[int, ...]) -> View | None:
         """Without some axes of size one."""
@@ -181,7 +202,8 @@ class View:
             order = [k for k in view.order if k != canonical]
             order = tuple(k - (k > canonical) for k in order)
             if kind == "b":
-                index = lambda x, c=canonical: jax.lax.index_in_dim(x, 0, c, keepdims=False)
+                index = functools.partial(jax.lax.index_in_dim, index=0, axis=canonical)
+                index = functools.partial(index, keepdims=False)
                 view = dataclasses.replace(view.on_batch(index), order=order)
             elif kind == "1":
                 view = dataclasses.replace(view, ones=view.ones - 1, order=order)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -44,7 +46,7 @@ def decode_scales(q: QuantizedArray) -> jax.Array:
     if q.group_scales is None:
         return q.scales
     rows = jnp.arange(q.scales.shape[-2])
-    one = lambda *fields: _decode_scales(*fields, rows)
+    one = functools.partial(_decode_scales, rows=rows)
     for _ in q.batch_shape:
         one = jax.vmap(one)
     return one(q.scales, q.group_scales, q.offset)
