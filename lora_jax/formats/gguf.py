@@ -12,6 +12,8 @@ Shapes: D model width, N heads, H head width, L layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -20,13 +22,11 @@ from typing import Any
 
 import gguf
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.typing import DTypeLike
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from lora_jax.models.decoder import Decoder, DecoderConfig, unstack_layers
+from lora_jax.models.decoder import DecoderConfig, parameter_shapes, unstack_layers
 from lora_jax.models.families import from_gguf
 
 # Where the tensors of a file, and those of each of its blocks, belong in the tree of parameters.
@@ -127,22 +127,20 @@ def _open(path: Path) -> gguf.GGUFReader:
 
 def _read_params(reader: gguf.GGUFReader, config: DecoderConfig) -> dict[str, Any]:
     """Decodes every tensor into its place; what is missing or not understood is an error."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
-    params = {
-        name: np.empty(shape.shape, shape.dtype)
-        for name, shape in traverse_util.flatten_dict(shapes, sep="/").items()
-    }
-    missing = {name for name in _TENSORS if _TENSORS[name] in params}
+    params = jax.tree.map(
+        lambda shape: np.empty(shape.shape, shape.dtype), parameter_shapes(config)
+    )
+    missing = set(_TENSORS) - ({"output.weight"} if config.tied_head else set())
     missing |= {f"blk.{i}.{name}" for i in range(config.num_layers) for name in _BLOCK_TENSORS}
     for tensor in reader.tensors:
         if tensor.name not in missing:
             raise ValueError(f"there is no place for the tensor {tensor.name!r} in this decoder.")
         missing.remove(tensor.name)
-        if block := re.fullmatch(r"blk\.(\d+)\.(.+)", tensor.name):
-            name, target = block[2], params[_BLOCK_TENSORS[block[2]]][int(block[1])]
-        else:
-            name, target = tensor.name, params[_TENSORS[tensor.name]]
+        name = re.sub(r"^blk\.\d+\.", "", tensor.name)
+        path = (_TENSORS | _BLOCK_TENSORS)[name]
+        target = functools.reduce(operator.getitem, path.split("/"), params)
+        if name in _BLOCK_TENSORS:
+            target = target[int(tensor.name.split(".")[1])]
         weight = _decode(tensor)
         if name == "attn_q.weight":
             weight = _unpermute(weight, config.num_heads)
@@ -158,7 +156,7 @@ def _read_params(reader: gguf.GGUFReader, config: DecoderConfig) -> dict[str, An
         target[...] = weight
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing, among them {min(missing)!r}.")
-    return traverse_util.unflatten_dict(params, sep="/")
+    return params
 
 
 def _decode(tensor: gguf.ReaderTensor) -> np.ndarray:

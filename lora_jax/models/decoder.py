@@ -49,6 +49,7 @@ __all__ = [
     "DecoderConfig",
     "KVCache",
     "init_cache",
+    "parameter_shapes",
     "stack_layers",
     "unstack_layers",
 ]
@@ -207,6 +208,12 @@ def _ids(
         jnp.broadcast_to(positions.astype(jnp.int32), tokens.shape),
         jnp.broadcast_to(segment_ids.astype(jnp.int32), tokens.shape),
     )
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
+    """The tree of parameters, a `jax.ShapeDtypeStruct` for each; nothing is allocated."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
