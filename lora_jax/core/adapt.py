@@ -131,12 +131,8 @@ class _Arguments:
         structure = jax.tree.structure(self.dynamic)
         avals = tuple(jax.typeof(x) for x in leaves)
         static = tuple((type(x), x) for x in self.static)
-        context = (
-            jax.config.jax_enable_x64,
-            jax.config.jax_default_matmul_precision,
-            jax.config.jax_numpy_dtype_promotion,
-            jax.sharding.get_abstract_mesh(),
-        )
+        settings = [getattr(jax.config, name) for name in _SETTINGS]
+        context = (*settings, jax.sharding.get_abstract_mesh())
         key = (self.treedef, structure, avals, static, context)
         try:
             hash(key)
@@ -146,6 +142,8 @@ class _Arguments:
 
 
 _DYNAMIC = object()
+# Of JAX's settings, those that change what tracing gives.
+_SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
 
 
 def _argument_path(path: tuple) -> str:

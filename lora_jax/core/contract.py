@@ -65,7 +65,9 @@ def dot_general(lhs: Any, rhs: Any, params: dict[str, Any]) -> jax.Array | None:
     return _product(rhs, right, Labelled(lhs, left), out, lambda w, x: product(x, w), precision)
 
 
-def _label(left_ndim: int, right_ndim: int, dimension_numbers: Any):
+def _label(
+    left_ndim: int, right_ndim: int, dimension_numbers: Any
+) -> tuple[list[int], list[int], list[int]]:
     """Labels for the axes of both operands and of their product."""
     (left_contract, right_contract), (left_batch, right_batch) = dimension_numbers
     left = list(range(left_ndim))
@@ -113,9 +115,12 @@ def _base_product(view: View, x: jax.Array, product: Callable) -> jax.Array:
     return jax.checkpoint(lambda view, x: product(decoded_weight(view), x))(base, x)
 
 
+DECODED_WEIGHT = "decoded_weight"
+
+
 @jax.jit
 def decoded_weight(view: View) -> jax.Array:
-    """A quantized base made dense, as one equation of this name (see `never_saved`)."""
+    """A quantized base made dense, as one equation of that name (see `never_saved`)."""
     return view.dense_base()
 
 
@@ -127,7 +132,7 @@ def never_saved(policy: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def but_for_weights(primitive: Any, *args: Any, **params: Any) -> Any:
-        if params.get("name") == decoded_weight.__name__:
+        if params.get("name") == DECODED_WEIGHT:
             return False
         return policy(primitive, *args, **params)
 
@@ -143,6 +148,7 @@ def _factors(
     has r columns.
     """
     adapter, batch = view.adapter, len(view.batch_shape)
+    assert adapter is not None
     name = {canonical: labels[k] for k, canonical in enumerate(view.order)}
     of_kind = {kind: [name[c] for c, k in enumerate(view.kinds) if k == kind] for kind in "boi1"}
     batch_sizes, ones = view.batch_shape, (1,) * view.ones
@@ -164,14 +170,22 @@ def _factors(
 
 
 def _dropout(view: View, x: jax.Array) -> jax.Array:
-    if view.dropout_key is None or not view.adapter.dropout:
+    if view.dropout_key is None or view.adapter is None or not view.adapter.dropout:
         return x
     keep = 1 - view.adapter.dropout
     key = view.dropout_key.reshape(-1)[0]
     return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
 
 
-def _product_of_views(lhs, left, rhs, right, out, product, precision) -> jax.Array | None:
+def _product_of_views(
+    lhs: View,
+    left: list[int],
+    rhs: View,
+    right: list[int],
+    out: list[int],
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    precision: Any,
+) -> jax.Array | None:
     """A product of two adapted weights, as three-operand einsums make: (W + BA)(V + DC).
 
     With the right one written out it is (W + BA)V + ((W + BA)D)C: each term has one view.
@@ -197,8 +211,8 @@ def _product_of_views(lhs, left, rhs, right, out, product, precision) -> jax.Arr
         hidden = _product(lhs, left, first, kept, through, precision)
         if hidden is None:
             return None
-        hidden = Labelled(hidden.astype(rhs.dtype), kept)
-        return y + hidden.times(second, out, precision).value.astype(y.dtype)
+        update = Labelled(hidden.astype(rhs.dtype), kept).times(second, out, precision)
+        return y + update.value.astype(y.dtype)
 
     return jax.checkpoint(both)(lhs, rhs)  # again, no decoded weight is kept
 
@@ -224,13 +238,16 @@ def ragged_dot_general(lhs: Any, rhs: Any, sizes: Any, params: dict[str, Any]) -
     if rhs.adapter is None:
         return y
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
-    first, second = _factors(rhs, [0, 1, 2], [1], dtype)
+    factors = _factors(rhs, [0, 1, 2], [1], dtype)
+    assert factors is not None  # axis 1 is a matrix axis, as checked above
+    first, second = factors
     wide = jnp.promote_types(dtype, jnp.float32)
 
     def grouped_product(x: jax.Array, factor: Labelled, summed: int) -> jax.Array:
         kernel = jnp.moveaxis(factor.value, factor.labels.index(summed), 1)  # [E, summed, produced]
-        options = {"precision": params.get("precision"), "preferred_element_type": wide}
-        return lax.ragged_dot(x, kernel, sizes, **options)
+        return lax.ragged_dot(
+            *(x, kernel, sizes), precision=params.get("precision"), preferred_element_type=wide
+        )
 
     hidden = grouped_product(_dropout(rhs, lhs.astype(dtype)), first, 1).astype(dtype)  # [T, r]
     update = grouped_product(hidden, second, RANK)  # [T, out]

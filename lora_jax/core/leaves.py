@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +24,21 @@ import numpy as np
 
 LAYOUT_LETTERS = "bio"
 
-
-def _register(data: list[str], meta: list[str]):
-    return lambda cls: jax.tree_util.register_dataclass(
-        dataclasses.dataclass(frozen=True)(cls), data_fields=data, meta_fields=meta
-    )
+T = TypeVar("T")
 
 
-@_register(
+@typing.dataclass_transform(frozen_default=True)
+def _leaf(data: list[str], static: list[str]) -> Callable[[type[T]], type[T]]:
+    """A frozen dataclass that is a pytree of its data fields."""
+
+    def register(cls: type[T]) -> type[T]:
+        frozen: Any = dataclasses.dataclass(frozen=True)(cls)
+        return jax.tree_util.register_dataclass(frozen, data_fields=data, meta_fields=static)
+
+    return register
+
+
+@_leaf(
     ["codes", "scales", "group_scales", "offset", "minimum"],
     ["kind", "block_size", "dtype", "layout", "axis_sizes"],
 )
@@ -104,7 +113,7 @@ class QuantizedArray:
         )
 
 
-@_register(["a", "b"], ["scale", "dropout", "layout"])
+@_leaf(["a", "b"], ["scale", "dropout", "layout"])
 class Adapter:
     """A low-rank update `ΔW = scale · b @ a` of one weight (LoRA, arXiv:2106.09685).
 
@@ -143,7 +152,7 @@ class Adapter:
         return f"Adapter({batch}{sizes}, scale={self.scale:g}, layout={self.layout!r})"
 
 
-@_register(["base", "adapter", "scale", "dropout_key"], [])
+@_leaf(["base", "adapter", "scale", "dropout_key"], [])
 class AdaptedArray:
     """A frozen weight and what was learned for it: the leaf that `adapt` knows how to apply.
 
@@ -279,7 +288,7 @@ def to_matrix(w: Any, layout: str) -> Any:
     """The parameter `[b..., axes...]` as the matrix `[b..., out, in]`."""
     batch = w.ndim - len(layout.split())
     outer, inner = split_axes(layout, w.shape[batch:])
-    order = np.argsort(parameter_axes(layout, batch))
+    order = np.argsort(parameter_axes(layout, batch)).tolist()
     return jnp.transpose(w, order).reshape(*w.shape[:batch], math.prod(outer), math.prod(inner))
 
 

@@ -92,10 +92,14 @@ def quantize_array(
         )
 
     codes, absmax = _encode(jnp.asarray(w), kind, block_size, layout)
-    scales = _double_quantize(absmax) if double_quant else (absmax, None, None)
+    scales, group_scales, offset = (
+        _double_quantize(absmax) if double_quant else (absmax, None, None)
+    )
     return QuantizedArray(
         codes,
-        *scales,
+        scales,
+        group_scales,
+        offset,
         kind=kind,
         block_size=block_size,
         dtype=dtype,
@@ -120,7 +124,7 @@ def dequantize(q: QuantizedArray, dtype: Any = None) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "block_size", "layout"))
-def _encode(w, kind, block_size, layout):
+def _encode(w: jax.Array, kind: str, block_size: int, layout: str) -> tuple[jax.Array, jax.Array]:
     """Codes uint8 `[b..., out, in/2]` and the largest magnitude a block `[b..., out, in/G]`."""
     m = to_matrix(w, layout).astype(jnp.float32)
     blocks = m.reshape(*m.shape[:-1], -1, block_size)
@@ -135,17 +139,18 @@ def _encode(w, kind, block_size, layout):
     return (pairs[..., 0] << 4) | pairs[..., 1], absmax
 
 
-def _nearest(x, midpoints, order):
+def _nearest(x: jax.Array, midpoints: np.ndarray, order: np.ndarray) -> jax.Array:
     """Code of the level nearest to each x; a value on a midpoint takes the lower level."""
     # Fifteen comparisons and additions vectorize; a binary search would not.
-    rank = sum((x > point).astype(jnp.uint8) for point in midpoints)
+    steps = [(x > point).astype(jnp.uint8) for point in midpoints]
+    rank = functools.reduce(jnp.add, steps)
     if np.array_equal(order, np.arange(len(order))):
         return rank
     return jnp.asarray(order)[rank]
 
 
 @jax.jit
-def _double_quantize(absmax):
+def _double_quantize(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """8-bit codes, group scales and offset of float32 scales `[b..., out, in/G]`."""
     batch = absmax.shape[:-2]
     flat = absmax.reshape(*batch, -1)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -126,14 +127,17 @@ class Rewrite:
         return self.made_dense(x, "return") if leaf is None else leaf
 
 
+Params = dict[str, Any]
+Lazy = View | None
+
 # Equations that keep a view lazy. Each returns the new view, or None if it cannot.
 
 
-def _reshape(params, view, *_):
+def _reshape(params: Params, view: View, *_: Any) -> Lazy:
     return None if params.get("dimensions") else view.reshaped(tuple(params["new_sizes"]))
 
 
-def _broadcast_in_dim(params, view, *_):
+def _broadcast_in_dim(params: Params, view: View, *_: Any) -> Lazy:
     """Only with new axes of size one."""
     shape, kept = params["shape"], params["broadcast_dimensions"]
     if [shape[k] for k in kept] != list(view.shape) or list(kept) != sorted(kept):
@@ -142,40 +146,41 @@ def _broadcast_in_dim(params, view, *_):
     return view.with_ones(added) if all(shape[k] == 1 for k in added) else None
 
 
-def _slice(params, view):
+def _slice(params: Params, view: View) -> Lazy:
     starts, stops = params["start_indices"], params["limit_indices"]
     steps = params["strides"] or (1,) * len(starts)
+    cuts = {}
     for axis, bounds in enumerate(zip(starts, stops, steps, strict=True)):
         if bounds != (0, view.shape[axis], 1):
-            cut = functools.partial(lax.slice_in_dim, **dict(zip(_SLICE, bounds, strict=True)))
-            view = view.along_batch(axis, cut)
-        if view is None:
+            named = dict(zip(("start_index", "limit_index", "stride"), bounds, strict=True))
+            cuts[axis] = functools.partial(lax.slice_in_dim, **named)
+    return _along_batches(view, cuts)
+
+
+def _dynamic_slice(params: Params, view: View, *starts: Any) -> Lazy:
+    cuts = {
+        axis: functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        for axis, (start, size) in enumerate(zip(starts, params["slice_sizes"], strict=True))
+        if size != view.shape[axis]
+    }
+    return _along_batches(view, cuts)
+
+
+def _rev(params: Params, view: View) -> Lazy:
+    return _along_batches(view, dict.fromkeys(params["dimensions"], jnp.flip))
+
+
+def _along_batches(view: View, fns: Mapping[int, Callable]) -> Lazy:
+    """With a function applied along each of these axes, all of which must be batch axes."""
+    for axis, fn in fns.items():
+        changed = view.along_batch(axis, fn)
+        if changed is None:
             return None
+        view = changed
     return view
 
 
-_SLICE = ("start_index", "limit_index", "stride")
-
-
-def _dynamic_slice(params, view, *starts):
-    for axis, (start, size) in enumerate(zip(starts, params["slice_sizes"], strict=True)):
-        if size != view.shape[axis]:
-            cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-            view = view.along_batch(axis, cut)
-        if view is None:
-            return None
-    return view
-
-
-def _rev(params, view):
-    for axis in params["dimensions"]:
-        view = view.along_batch(axis, lambda x, axis: lax.rev(x, (axis,)))
-        if view is None:
-            return None
-    return view
-
-
-def _split(params, view):
+def _split(params: Params, view: View) -> list | None:
     parts, start = [], 0
     for size in map(int, params["sizes"]):
         cut = functools.partial(lax.slice_in_dim, start_index=start, limit_index=start + size)
@@ -184,14 +189,14 @@ def _split(params, view):
     return None if None in parts else parts
 
 
-def _unstack(params, view):
+def _unstack(params: Params, view: View) -> list | None:
     axis = params["axis"]
     if view.batch_axis(axis) is None:
         return None
+    first = view.batch_first(axis)
+    order = tuple(k - 1 for k in first.order if k != 0)
     return [
-        view.along_batch(
-            axis, functools.partial(lax.slice_in_dim, start_index=k, limit_index=k + 1)
-        ).squeezed((axis,))
+        dataclasses.replace(first.on_batch(operator.itemgetter(k)), order=order)
         for k in range(view.shape[axis])
     ]
 
@@ -219,7 +224,7 @@ _LAZY: dict[str, Callable] = {
 # Equations that use a view up.
 
 
-def _slice_of_one(params, view, *starts):
+def _slice_of_one(params: Params, view: View, *starts: Any) -> jax.Array | None:
     """A slice of one row: what indexing an embedding with a scalar becomes."""
     sizes = params.get("slice_sizes")
     if sizes is None:
@@ -249,25 +254,25 @@ _PRODUCTS: dict[str, Callable] = {
 # Control flow, written again with lax's public functions.
 
 
-def _inline(rewrite, equation, *values):
+def _inline(rewrite: Rewrite, equation: Any, *values: Any) -> list:
     name = "jaxpr" if "jaxpr" in equation.params else "call_jaxpr"
     return rewrite.run(*_jaxpr.opened(equation.params[name]), list(values))
 
 
-def _checkpoint(rewrite, equation, *values):
+def _checkpoint(rewrite: Rewrite, equation: Any, *values: Any) -> list:
     params = equation.params
     jaxpr, consts = _jaxpr.opened(params["jaxpr"])
     policy = params["policy"] and contract.never_saved(params["policy"])
 
     @functools.partial(jax.checkpoint, policy=policy, prevent_cse=params["prevent_cse"])
-    def body(*values):
+    def body(*values: Any) -> list:
         return rewrite.run(jaxpr, consts, list(values))
 
     return body(*values)
 
 
-def _cond(rewrite, equation, index, *values):
-    def rewritten(branch):
+def _cond(rewrite: Rewrite, equation: Any, index: jax.Array, *values: Any) -> list:
+    def rewritten(branch: Any) -> Callable[..., list]:
         jaxpr, consts = _jaxpr.opened(branch)
         run = lambda *values: rewrite.run(jaxpr, consts, list(values))  # noqa: E731
         return lambda *values: [rewrite.made_dense(x, "cond") for x in run(*values)]
@@ -275,7 +280,7 @@ def _cond(rewrite, equation, index, *values):
     return lax.switch(index, [rewritten(x) for x in equation.params["branches"]], *values)
 
 
-def _while(rewrite, equation, *values):
+def _while(rewrite: Rewrite, equation: Any, *values: Any) -> list:
     params = equation.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = list(values[:n_cond]), list(values[n_cond : n_cond + n_body])
@@ -285,11 +290,11 @@ def _while(rewrite, equation, *values):
     fixed = _fixed_carry(body_jaxpr, n_body, carry)
     moving = [rewrite.made_dense(x, "while") for k, x in enumerate(carry) if k not in fixed]
 
-    def cond(moving):
+    def cond(moving: list) -> jax.Array:
         full = _with_fixed(moving, fixed)
         return rewrite.run(cond_jaxpr, cond_extra, [*cond_consts, *full])[0]
 
-    def body(moving):
+    def body(moving: list) -> list:
         full = _with_fixed(moving, fixed)
         outputs = rewrite.run(body_jaxpr, body_extra, [*body_consts, *full])
         return [rewrite.made_dense(x, "while") for k, x in enumerate(outputs) if k not in fixed]
@@ -297,7 +302,7 @@ def _while(rewrite, equation, *values):
     return _with_fixed(lax.while_loop(cond, body, moving), fixed)
 
 
-def _scan(rewrite, equation, *values):
+def _scan(rewrite: Rewrite, equation: Any, *values: Any) -> list:
     params = equation.params
     n_consts, n_carry = _jaxpr.scan_counts(equation)
     jaxpr, extra = _jaxpr.opened(params["jaxpr"])
@@ -318,7 +323,7 @@ def _scan(rewrite, equation, *values):
         if atom in inputs and isinstance(xs[inputs.index(atom)], View)
     }
 
-    def body(moving, xs):
+    def body(moving: list, xs: list) -> tuple[list, list]:
         xs = [x.entered() if isinstance(x, View) else x for x in xs]
         full = _with_fixed(moving, fixed)
         outputs = rewrite.run(jaxpr, extra, [*consts, *full, *xs])

@@ -39,19 +39,21 @@ class LoraRule:
     rslora: bool = False
     dropout: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         compile_pattern(self.pattern)
-        whole = isinstance(self.rank, numbers.Integral) and not isinstance(self.rank, bool)
-        if not whole or self.rank < 1:
-            raise ValueError(f"rank is {self.rank!r}, expected a whole number of at least 1")
-        if not isinstance(self.alpha, numbers.Real) or not math.isfinite(self.alpha):
-            raise ValueError(f"alpha is {self.alpha!r}, expected a finite number")
-        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout!r}, expected a probability below 1")
+        rank: Any = self.rank  # whatever the caller wrote, NumPy's numbers included
+        alpha: Any = self.alpha
+        dropout: Any = self.dropout
+        if not isinstance(rank, numbers.Integral) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"rank is {rank!r}, expected a whole number of at least 1")
+        if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+            raise ValueError(f"alpha is {alpha!r}, expected a finite number")
+        if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout!r}, expected a probability below 1")
         # Plain Python numbers, so that rules hash, compare and print alike wherever they came from.
-        object.__setattr__(self, "rank", int(self.rank))
-        object.__setattr__(self, "alpha", float(self.alpha))
-        object.__setattr__(self, "dropout", float(self.dropout))
+        object.__setattr__(self, "rank", int(rank))
+        object.__setattr__(self, "alpha", float(alpha))
+        object.__setattr__(self, "dropout", float(dropout))
 
     @property
     def scale(self) -> float:

@@ -224,7 +224,7 @@ def combine(base: Any, adapters: Any, *, scales: Any = None, dropout_key: Any = 
 
     if dropout_key is not None:
         dropout_key = _typed_key(dropout_key)
-    if scales is not None and jax.tree.structure(scales) == jax.tree.structure(0):
+    if scales is not None and jax.tree_util.all_leaves([scales]):
         scale = scales
         scales = jax.tree.map(lambda x: scale, adapters, is_leaf=lambda x: isinstance(x, Adapter))
     trees = (adapters,) if scales is None else (adapters, scales)
@@ -244,8 +244,9 @@ def _typed_key(key: Any) -> jax.Array:
 
 
 def _check_structure(name: str, base: Any, tree: Any) -> None:
+    structure: Any = jax.tree.structure(base, is_leaf=is_leaf)
     try:
-        jax.tree.structure(base, is_leaf=is_leaf).flatten_up_to(tree)
+        structure.flatten_up_to(tree)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{name} and base differ in structure; expected the tree that init_adapters made for "

@@ -149,6 +149,7 @@ class View:
 
     def factor_scale(self, dtype: Any) -> jax.Array:
         """The factor on `b @ a`, `[b...]`."""
+        assert self.adapter is not None
         scale = jnp.full(self.batch_shape, self.adapter.scale, dtype)
         return scale if self.scale is None else scale * self.scale.astype(dtype)
 
@@ -199,22 +200,21 @@ class View:
         for axis in sorted(axes, reverse=True):
             canonical = view.order[axis]
             kind = view.kinds[canonical]
-            order = [k for k in view.order if k != canonical]
-            order = tuple(k - (k > canonical) for k in order)
+            within = canonical - view.kinds.index(kind)
+            changed: dict[str, Any] = {
+                "order": tuple(k - (k > canonical) for k in view.order if k != canonical)
+            }
             if kind == "b":
-                index = functools.partial(jax.lax.index_in_dim, index=0, axis=canonical)
-                index = functools.partial(index, keepdims=False)
-                view = dataclasses.replace(view.on_batch(index), order=order)
+                view = view.on_batch(functools.partial(jnp.squeeze, axis=canonical))
             elif kind == "1":
-                view = dataclasses.replace(view, ones=view.ones - 1, order=order)
+                changed["ones"] = view.ones - 1
             else:
                 name = "outer" if kind == "o" else "inner"
-                start = view.kinds.index(kind)
-                sizes = list(getattr(view, name))
+                sizes = getattr(view, name)
                 if len(sizes) == 1:
                     return None
-                del sizes[canonical - start]
-                view = dataclasses.replace(view, **{name: tuple(sizes)}, order=order)
+                changed[name] = sizes[:within] + sizes[within + 1 :]
+            view = dataclasses.replace(view, **changed)
         return view
 
     def with_ones(self, positions: list[int]) -> View:
@@ -227,42 +227,41 @@ class View:
 
     def reshaped(self, shape: tuple[int, ...]) -> View | None:
         """In another shape, if no new axis mixes axes of different kinds."""
-        view = self.squeezed(tuple(k for k, c in enumerate(self.order) if self.kinds[c] == "1"))
-        pieces = _matching_groups(view.shape, shape)
+        if ones := tuple(k for k, c in enumerate(self.order) if self.kinds[c] == "1"):
+            squeezed = self.squeezed(ones)
+            return None if squeezed is None else squeezed.reshaped(shape)
+        pieces = _matching_groups(self.shape, shape)
         if pieces is None:
             return None
         if dropped := tuple(olds[0] for olds, news in pieces if not news):
-            view = view.squeezed(dropped)
-            return None if view is None else view.reshaped(shape)
-        batch: list[int] = []
-        sizes: dict[str, list[int]] = {"o": [], "i": []}
-        # New sizes in canonical order, and where in the new shape each of them stands.
-        placed: list[tuple[int, str, int]] = []
-        ones: list[int] = []
-        for old_axes, new_axes in pieces:
-            if not old_axes:
-                ones += new_axes
+            squeezed = self.squeezed(dropped)
+            return None if squeezed is None else squeezed.reshaped(shape)
+
+        # The new axes that hold something, each after the canonical axis that its group begins at.
+        placed: list[tuple[int, int]] = []
+        new_ones = [news[0] for olds, news in pieces if not olds]
+        for olds, news in pieces:
+            if not olds:
                 continue
-            canonical = [view.order[k] for k in old_axes]
-            kinds = {view.kinds[c] for c in canonical}
-            ascending = canonical == list(range(canonical[0], canonical[0] + len(canonical)))
-            if len(kinds) > 1 or not ascending:
+            canonical = [self.order[k] for k in olds]
+            one_kind = len({self.kinds[c] for c in canonical}) == 1
+            if not one_kind or canonical != list(range(canonical[0], canonical[0] + len(olds))):
                 return None
-            placed += [(canonical[0], kinds.copy().pop(), k) for k in new_axes]
+            placed += [(canonical[0], k) for k in news]
         placed.sort()
-        for _, kind, k in placed:
-            (batch if kind == "b" else sizes[kind]).append(shape[k])
-        if tuple(batch) != view.batch_shape:
-            old = len(view.batch_shape)
-            view = view.on_batch(lambda x: x.reshape(*batch, *x.shape[old:]))
-        order = [0] * (len(shape) - len(ones))
-        kept = [k for k in range(len(shape)) if k not in ones]
-        for canonical, (_, _, k) in enumerate(placed):
-            order[kept.index(k)] = canonical
-        view = dataclasses.replace(
+        sizes: dict[str, list[int]] = {"b": [], "o": [], "i": []}
+        for canonical_start, k in placed:
+            sizes[self.kinds[canonical_start]].append(shape[k])
+        view, batch = self, len(self.batch_shape)
+        if tuple(sizes["b"]) != self.batch_shape:
+            view = self.on_batch(lambda x: x.reshape(*sizes["b"], *x.shape[batch:]))
+        kept = sorted(k for _, k in placed)
+        order = [0] * len(kept)
+        for number, (_, k) in enumerate(placed):
+            order[kept.index(k)] = number
+        return dataclasses.replace(
             view, outer=tuple(sizes["o"]), inner=tuple(sizes["i"]), order=tuple(order)
-        )
-        return view.with_ones(ones)
+        ).with_ones(new_ones)
 
 
 def _permuted(x: jax.Array, order: Any) -> jax.Array:
@@ -270,7 +269,9 @@ def _permuted(x: jax.Array, order: Any) -> jax.Array:
     return x if order == tuple(range(len(order))) else jnp.transpose(x, order)
 
 
-def _matching_groups(old: tuple[int, ...], new: tuple[int, ...]):
+def _matching_groups(
+    old: tuple[int, ...], new: tuple[int, ...]
+) -> list[tuple[list[int], list[int]]] | None:
     """Smallest groups of neighbouring axes of equal products: [(old axes, new axes), ...].
 
     An axis of size one that finds no partner of size one stands in a group of its own.

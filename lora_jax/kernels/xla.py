@@ -52,7 +52,9 @@ def decode_scales(q: QuantizedArray) -> jax.Array:
     return one(q.scales, q.group_scales, q.offset)
 
 
-def _decode_scales(codes, group_scales, offset, rows):
+def _decode_scales(
+    codes: jax.Array, group_scales: jax.Array, offset: jax.Array, rows: jax.Array
+) -> jax.Array:
     """Scales of `rows`: codes `[n..., in/G]`, group scales `[groups]`, offset `[]`."""
     blocks = rows[..., None] * codes.shape[-1] + jnp.arange(codes.shape[-1])
     product = jnp.asarray(scale_codebook())[codes] * group_scales[blocks // GROUP]
@@ -62,7 +64,9 @@ def _decode_scales(codes, group_scales, offset, rows):
     return jnp.maximum(product, -3e38) + offset
 
 
-def _levels_times_scales(q, codes, scales, minimum):
+def _levels_times_scales(
+    q: QuantizedArray, codes: jax.Array, scales: jax.Array, minimum: jax.Array | None
+) -> jax.Array:
     # uint4 counts its low nibble first and our earlier element is the high one, hence the swap. On
     # an H200 the bitcast with a table look-up was the fastest of three decodings XLA was given.
     nibbles = jax.lax.bitcast_convert_type((codes << 4) | (codes >> 4), jnp.uint4)
