@@ -47,6 +47,9 @@ _BLOCK_TENSORS = {
     "ffn_down.weight": "layers/mlp/down_proj/kernel",
 }
 
+# What a tokenizer is built from: tokens, their types and the merges, a string or number for each.
+_TOKENIZER_LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -101,12 +104,7 @@ def read_gguf(
     if not scan_layers:
         config = dataclasses.replace(config, scan_layers=False)
         params = unstack_layers(params)
-    kept = {
-        name: value
-        for name, value in metadata.items()
-        if name
-        not in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
-    }
+    kept = {name: value for name, value in metadata.items() if name not in _TOKENIZER_LISTS}
     return Checkpoint(config, params, tokenizer, kept)
 
 
@@ -136,11 +134,12 @@ def _read_params(reader: gguf.GGUFReader, config: DecoderConfig) -> dict[str, An
         if tensor.name not in missing:
             raise ValueError(f"there is no place for the tensor {tensor.name!r} in this decoder.")
         missing.remove(tensor.name)
-        name = re.sub(r"^blk\.\d+\.", "", tensor.name)
-        path = (_TENSORS | _BLOCK_TENSORS)[name]
+        block = re.fullmatch(r"blk\.(\d+)\.(.+)", tensor.name)
+        name = block[2] if block else tensor.name
+        path = _BLOCK_TENSORS[name] if block else _TENSORS[name]
         target = functools.reduce(operator.getitem, path.split("/"), params)
-        if name in _BLOCK_TENSORS:
-            target = target[int(tensor.name.split(".")[1])]
+        if block:
+            target = target[int(block[1])]
         weight = _decode(tensor)
         if name == "attn_q.weight":
             weight = _unpermute(weight, config.num_heads)
@@ -185,11 +184,10 @@ def _build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
             f"the tokenizer is of model {kind!r} with pre-tokenizer {splitter!r}; "
             "only 'gpt2' with 'smollm' can be built."
         )
-    lists = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
-    for key in lists:
+    for key in _TOKENIZER_LISTS:
         if key not in metadata:
             raise ValueError(f"the GGUF metadata lacks {key!r}, without which no text can be read.")
-    tokens, types, merges = (metadata[key] for key in lists)
+    tokens, types, merges = (metadata[key] for key in _TOKENIZER_LISTS)
     try:
         model = models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
