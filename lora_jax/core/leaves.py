@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LAYOUT_LETTERS = "bio"
+LAYOUT_LETTERS = ("b", "i", "o")
 
 T = TypeVar("T")
 
@@ -248,7 +248,7 @@ def parse_layout(layout: str | None, shape: tuple[int, ...], where: str) -> str:
             f"layout {layout!r} of {where} is not understood; write the letters b (batch axes, "
             'first), i (contracted) and o (produced) separated by blanks, such as "b i o"'
         )
-    if "".join(dict.fromkeys(trailing)) not in ("io", "oi") or len(set(_runs(trailing))) != 2:
+    if _runs(trailing) not in (["i", "o"], ["o", "i"]):
         raise ValueError(
             f"layout {layout!r} of {where} must have its i axes together and its o axes together, "
             'at least one of each, such as "i o", "o i", "i o o" or "b i i o"'

@@ -41,24 +41,28 @@ class LoraRule:
 
     def __post_init__(self) -> None:
         compile_pattern(self.pattern)
-        rank: Any = self.rank  # whatever the caller wrote, NumPy's numbers included
-        alpha: Any = self.alpha
-        dropout: Any = self.dropout
-        if not isinstance(rank, numbers.Integral) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"rank is {rank!r}, expected a whole number of at least 1")
-        if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
-            raise ValueError(f"alpha is {alpha!r}, expected a finite number")
-        if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout!r}, expected a probability below 1")
+        rank, alpha, dropout = map(_number, (self.rank, self.alpha, self.dropout))
+        if not rank >= 1 or rank != int(rank):
+            raise ValueError(f"rank is {self.rank!r}, expected a whole number of at least 1")
+        if math.isnan(alpha):
+            raise ValueError(f"alpha is {self.alpha!r}, expected a finite number")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}, expected a probability below 1")
         # Plain Python numbers, so that rules hash, compare and print alike wherever they came from.
         object.__setattr__(self, "rank", int(rank))
-        object.__setattr__(self, "alpha", float(alpha))
-        object.__setattr__(self, "dropout", float(dropout))
+        object.__setattr__(self, "alpha", alpha)
+        object.__setattr__(self, "dropout", dropout)
 
     @property
     def scale(self) -> float:
         """The factor on `b @ a`."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def _number(x: Any) -> float:
+    """A Python or NumPy number as a float; NaN for anything else, and for what is not finite."""
+    is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+    return float(x) if is_number and math.isfinite(x) else math.nan
 
 
 def path_string(path: Sequence[Any]) -> str:

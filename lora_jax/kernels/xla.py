@@ -57,11 +57,18 @@ def _decode_scales(
 ) -> jax.Array:
     """Scales of `rows`: codes `[n..., in/G]`, group scales `[groups]`, offset `[]`."""
     blocks = rows[..., None] * codes.shape[-1] + jnp.arange(codes.shape[-1])
-    product = jnp.asarray(scale_codebook())[codes] * group_scales[blocks // GROUP]
-    # XLA may contract a product and a sum into one fused multiply-add, which rounds once instead
-    # of twice: a quarter of the scales would then differ from bitsandbytes' in the last bit. A
-    # maximum with a value that no scale can reach stands between the two and changes nothing.
-    return jnp.maximum(product, -3e38) + offset
+    levels = jnp.asarray(scale_codebook())[codes]
+    return _product_then_sum(levels, group_scales[blocks // GROUP], offset)
+
+
+def _product_then_sum(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    """`x * y + z`, rounded twice.
+
+    XLA may contract the two into one fused multiply-add, which rounds once: a quarter of the scales
+    would then differ from bitsandbytes' in the last bit. A maximum with a value that no weight or
+    scale reaches stands between them and changes nothing; an optimization barrier did not help.
+    """
+    return jnp.maximum(x * y, -3e38) + z
 
 
 def _levels_times_scales(
@@ -71,7 +78,9 @@ def _levels_times_scales(
     # an H200 the bitcast with a table look-up was the fastest of three decodings XLA was given.
     nibbles = jax.lax.bitcast_convert_type((codes << 4) | (codes >> 4), jnp.uint4)
     nibbles = nibbles.reshape(*codes.shape[:-1], -1, q.block_size).astype(jnp.uint8)
-    values = jnp.asarray(codebook(q.kind, q.block_size))[nibbles] * scales[..., None]
-    if minimum is not None:
-        values = values + minimum[..., None]
+    levels = jnp.asarray(codebook(q.kind, q.block_size))[nibbles]
+    if minimum is None:
+        values = levels * scales[..., None]
+    else:
+        values = _product_then_sum(levels, scales[..., None], minimum[..., None])
     return values.reshape(*codes.shape[:-1], -1).astype(q.dtype)
