@@ -323,23 +323,18 @@ def test_published_shapes_have_the_published_size(name, parameters):
 
 
 def test_config_of_hugging_face():
-    assert dataclasses.asdict(CONFIG) == {
-        "vocab_size": 96,
-        "dim": 24,
-        "mlp_dim": 40,
-        "num_layers": 3,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "rope_theta": 500.0,
-        "norm_eps": 1e-3,
-        "tied_head": False,
-        "scan_layers": True,
-        "remat": None,
-        "attention": "xla",
-        "dtype": jnp.float32,
-        "param_dtype": jnp.float32,
-    }
+    assert CONFIG == DecoderConfig(
+        vocab_size=96,
+        dim=24,
+        mlp_dim=40,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rope_theta=500.0,
+        norm_eps=1e-3,
+        tied_head=False,
+    )
     # As it was before transformers 5, and with what older files leave out.
     older = {k: v for k, v in HF_CONFIG.items() if k not in ("rope_parameters", "head_dim")}
     older |= {"rope_theta": 500.0, "rope_scaling": None, "num_key_value_heads": None}
