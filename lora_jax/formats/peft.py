@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import collections
 import json
+import operator
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors.numpy
 from jax.typing import DTypeLike
@@ -101,7 +103,7 @@ def write_peft(
         "target_modules": _targets(ranks),
         "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
         "alpha_pattern": {m: _whole_number(x) for m, x in alphas.items() if x != alpha},
-        "use_rslora": False,  # lora_alpha is such that lora_alpha / r is the scale, rank-stabilized or not
+        "use_rslora": False,  # whatever the rule was, lora_alpha / r is the scale here
         "use_dora": False,
         "fan_in_fan_out": False,
         "bias": "none",
@@ -132,12 +134,9 @@ def _modules(path: str, leaf: Any) -> Iterator[tuple[str, Any]]:
     if number is not None:
         yield f"model.layers.{number}.{name}", leaf
         return
-    arrays = (leaf.a, leaf.b) if isinstance(leaf, Adapter) else (leaf,)
-    arrays = tuple(np.asarray(x) for x in arrays)
-    for index in range(arrays[0].shape[0]):
-        one = tuple(x[index] for x in arrays)
-        share = Adapter(*one, leaf.scale, leaf.dropout, leaf.layout) if len(one) == 2 else one[0]
-        yield f"model.layers.{index}.{name}", share
+    leaf = jax.tree.map(np.asarray, leaf)
+    for index in range(jax.tree.leaves(leaf)[0].shape[0]):
+        yield f"model.layers.{index}.{name}", jax.tree.map(operator.itemgetter(index), leaf)
 
 
 def _most_common(values: dict[str, Any]) -> Any:
@@ -154,7 +153,10 @@ def _targets(modules: dict[str, int]) -> list[str]:
     layers = {int(m[1]) for name in modules if (m := re.match(r"model\.layers\.(\d+)\.", name))}
     last = collections.Counter(name.rpartition(".")[2] for name in modules)
     return sorted(
-        {short if last[short := name.rpartition(".")[2]] == len(layers) else name for name in modules}
+        {
+            short if last[short := name.rpartition(".")[2]] == len(layers) else name
+            for name in modules
+        }
     )
 
 
