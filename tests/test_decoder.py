@@ -323,7 +323,7 @@ def test_published_shapes_have_the_published_size(name, parameters):
 
 
 def test_config_of_hugging_face():
-    assert CONFIG == DecoderConfig(
+    assert from_hf(HF_CONFIG) == DecoderConfig(
         vocab_size=96,
         dim=24,
         mlp_dim=40,
