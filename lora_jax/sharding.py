@@ -4,6 +4,11 @@ A rule gives the `PartitionSpec` of the parameter as the model sees it. Codes, s
 follow from the layout: what shards an `o` axis shards the rows of the codes and of B, what shards
 an `i` axis their columns and those of A. The rank and the group scales (one float32 for 256 blocks)
 are replicated.
+
+Some mesh axes divide the batch as well as the weights ("data", "fsdp"). A quantized weight that is
+sharded over those is gathered when it is used, and so while it is still four bits a value; left to
+itself the compiler gathers decoded weights, or activations. Adapters are some tenths of a percent
+of the model and used by every device, hence replicated over those axes.
 """
 
 from __future__ import annotations
@@ -21,9 +26,10 @@ from lora_jax.core.rules import first_matches
 from lora_jax.core.tree import map_leaves, named_leaves
 
 Rules = Sequence[tuple[str, PartitionSpec]]
+GATHERED = ("data", "fsdp")
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+def shardings(tree: Any, mesh: Mesh, rules: Rules, *, gather: Sequence[str] = GATHERED) -> Any:
     """A `NamedSharding` for each array of a tree.
 
     Args:
@@ -31,6 +37,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
       mesh: the devices.
       rules: pairs of a path pattern and the `PartitionSpec` of the dense parameter; the first
         match wins, and leaves without one are replicated.
+      gather: mesh axes that divide the batch as well; adapters are replicated over them.
 
     Returns:
       A tree of the same structure, for `jax.device_put`, `in_shardings` and the like.
@@ -46,28 +53,62 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
         if not (is_array(leaf) or _is_ours(leaf)):
             return leaf
         spec = rules[matches[path]][1] if path in matches else PartitionSpec()
-        specs = _leaf_specs(path, leaf, spec)
+        specs = _leaf_specs(path, leaf, spec, gather)
         return jax.tree.map(lambda x, s: _checked(path, x, mesh, s), leaf, specs)
 
     return map_leaves(one, tree)
 
 
-def shard(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """The tree with every array placed on the mesh as `shardings` says."""
-    placed = shardings(tree, mesh, rules)
-    return jax.tree.map(lambda x, s: jax.device_put(x, s) if is_array(x) else x, tree, placed)
+def shard(tree: Any, mesh: Mesh, rules: Rules, *, gather: Sequence[str] = ("data", "fsdp")) -> Any:
+    """The tree with every array placed on the mesh as `shardings` says.
+
+    Args:
+      tree: as for `shardings`.
+      mesh: the devices.
+      rules: as for `shardings`.
+      gather: mesh axes over which quantized weights are gathered when used (FSDP). Over all other
+        axes they stay divided while they are used (tensor parallelism).
+
+    Returns:
+      The placed tree; quantized leaves remember how they lie when used.
+
+    Raises:
+      ValueError: as for `shardings`.
+    """
+    placed = shardings(tree, mesh, rules, gather=gather)
+    tree = jax.tree.map(lambda x, s: jax.device_put(x, s) if is_array(x) else x, tree, placed)
+
+    def one(_: str, leaf: Any) -> Any:
+        if isinstance(leaf, AdaptedArray):
+            return dataclasses.replace(leaf, base=one(_, leaf.base))
+        if not isinstance(leaf, QuantizedArray):
+            return leaf
+        spec = leaf.codes.sharding.spec[len(leaf.batch_shape) :]
+        at_use = [_without(entry, gather) for entry in (*spec, None, None)[:2]]
+        if tuple(at_use) == (*spec, None, None)[:2]:
+            return dataclasses.replace(leaf, sharding_at_use=None)
+        sharding = NamedSharding(mesh, PartitionSpec(*at_use))
+        return dataclasses.replace(leaf, sharding_at_use=sharding)
+
+    return map_leaves(one, tree)
+
+
+def _without(entry: Any, names: Sequence[str]) -> Any:
+    """One axis' entry in a spec, less some mesh axes."""
+    kept = [x for x in (entry if isinstance(entry, tuple) else (entry,)) if x not in names]
+    return None if kept in ([], [None]) else kept[0] if len(kept) == 1 else tuple(kept)
 
 
 def _is_ours(leaf: Any) -> bool:
     return isinstance(leaf, QuantizedArray | Adapter | AdaptedArray)
 
 
-def _leaf_specs(path: str, leaf: Any, spec: PartitionSpec) -> Any:
+def _leaf_specs(path: str, leaf: Any, spec: PartitionSpec, gather: Sequence[str]) -> Any:
     """The leaf with a `PartitionSpec` in place of each of its arrays."""
     if isinstance(leaf, AdaptedArray):
-        base = _leaf_specs(path, leaf.base, spec)
-        adapter = _leaf_specs(path, leaf.adapter, spec)
-        batch = PartitionSpec(*spec[: _batch_ndim(leaf.adapter)])
+        base = _leaf_specs(path, leaf.base, spec, gather)
+        adapter = _leaf_specs(path, leaf.adapter, spec, gather)
+        batch = PartitionSpec(*adapter.a[:-2]) if isinstance(adapter, Adapter) else None
         scale = None if leaf.scale is None else batch
         keys = None if leaf.dropout_key is None else batch
         return AdaptedArray(base, adapter, scale, keys)
@@ -84,14 +125,11 @@ def _leaf_specs(path: str, leaf: Any, spec: PartitionSpec) -> Any:
             minimum=optional(leaf.minimum, matrix),
         )
     if isinstance(leaf, Adapter):
+        spec = PartitionSpec(*(_without(entry, gather) for entry in spec))
         batch, out, inn = _matrix_axes(path, spec, leaf.layout, len(leaf.batch_shape))
         a, b = PartitionSpec(*batch, None, inn), PartitionSpec(*batch, out, None)
         return dataclasses.replace(leaf, a=a, b=b)
     return spec
-
-
-def _batch_ndim(adapter: Any) -> int:
-    return len(adapter.batch_shape) if isinstance(adapter, Adapter) else 0
 
 
 def _matrix_axes(path: str, spec: PartitionSpec, layout: str, batch: int) -> tuple:

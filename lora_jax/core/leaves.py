@@ -40,7 +40,7 @@ def _leaf(data: list[str], static: list[str]) -> Callable[[type[T]], type[T]]:
 
 @_leaf(
     ["codes", "scales", "group_scales", "offset", "minimum"],
-    ["kind", "block_size", "dtype", "layout", "axis_sizes"],
+    ["kind", "block_size", "dtype", "layout", "axis_sizes", "sharding_at_use"],
 )
 class QuantizedArray:
     """A weight stored in 4 bits, in the order of the torch and bitsandbytes matrix `[out, in]`.
@@ -65,6 +65,8 @@ class QuantizedArray:
       dtype: the dtype the weight had, and decodes to.
       layout: one letter an axis, such as `"i o"` (see `quantize_array`).
       axis_sizes: the sizes of those axes.
+      sharding_at_use: how `[out, in]` lies on a mesh when it is decoded, or None to leave that to
+        the compiler; `lj.shard` sets it for weights that are gathered at each use (FSDP).
     """
 
     codes: Any
@@ -77,6 +79,7 @@ class QuantizedArray:
     dtype: Any = np.dtype(np.float32)
     layout: str = "i o"
     axis_sizes: tuple[int, ...] = ()
+    sharding_at_use: jax.sharding.NamedSharding | None = None
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.core.codebooks import codebook, scale_codebook
 from lora_jax.core.leaves import QuantizedArray
@@ -19,7 +21,24 @@ GROUP = 256  # blocks that share one float32 when scales are double-quantized
 @jax.jit
 def decode(q: QuantizedArray) -> jax.Array:
     """The values of a quantized weight, as the matrix `[b..., out, in]` of its dtype."""
+    q = _gathered(q)
     return _levels_times_scales(q, q.codes, decode_scales(q), q.minimum)
+
+
+def _gathered(q: QuantizedArray) -> QuantizedArray:
+    """The same weight, moved to where it is used while it is still four bits a value."""
+    at_use = q.sharding_at_use
+    if at_use is None:
+        return q
+    free = [PartitionSpec.UNCONSTRAINED] * len(q.batch_shape)
+    sharding = NamedSharding(at_use.mesh, PartitionSpec(*free, *at_use.spec))
+
+    def gather(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else jax.lax.with_sharding_constraint(x, sharding)
+
+    return dataclasses.replace(
+        q, codes=gather(q.codes), scales=gather(q.scales), minimum=gather(q.minimum)
+    )
 
 
 @jax.jit
