@@ -95,6 +95,9 @@ def _levels_times_scales(
 ) -> jax.Array:
     # uint4 counts its low nibble first and our earlier element is the high one, hence the swap. On
     # an H200 the bitcast with a table look-up was the fastest of three decodings XLA was given.
+    # XLA folds that bitcast wrongly where the codes are a constant of the program (seen with jaxlib
+    # 0.10.2, right in 0.12), as when a jitted function closes over its base: the barrier hides it.
+    codes = jax.lax.optimization_barrier(codes)
     nibbles = jax.lax.bitcast_convert_type((codes << 4) | (codes >> 4), jnp.uint4)
     nibbles = nibbles.reshape(*codes.shape[:-1], -1, q.block_size).astype(jnp.uint8)
     levels = jnp.asarray(codebook(q.kind, q.block_size))[nibbles]
