@@ -195,6 +195,16 @@ def test_jit_equals_eager(kind, double_quant):
         assert_bits_equal(jnp.abs(run(eager)), jnp.abs(decoded))
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_constant_of_a_jit(double_quant):
+    """A leaf that a jitted function closes over, so that XLA may decode it while compiling."""
+    q = lj.quantize_array(gaussian((64, 128)), layout="o i", double_quant=double_quant)
+    rows = jnp.array([3, 60])
+    decoded = np.asarray(lj.dequantize(q))
+    assert_bits_equal(jax.jit(lambda: lj.dequantize(q))(), decoded)
+    assert_bits_equal(jax.jit(lambda: decode_rows(q, rows))(), decoded[[3, 60]])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tie_takes_the_lower_level(kind):
     levels = np.unique(codebooks.codebook(kind, 64))
