@@ -113,7 +113,9 @@ def main() -> None:
     device = jax.devices()[0]
     result = {
         "device": getattr(device, "device_kind", device.platform),
-        "machine": f"{platform.machine()}, Python {platform.python_version()}, JAX {jax.__version__}",
+        "machine": ", ".join(
+            [platform.machine(), f"Python {platform.python_version()}", f"JAX {jax.__version__}"]
+        ),
         "setting": {key: str(value) for key, value in vars(args).items() if key != "out"},
         "tokens_per_second": speed,
         "lora_over_full": speed["lora"] / speed["full"],
