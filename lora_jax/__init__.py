@@ -10,6 +10,7 @@ from typing import Any as _Any
 from lora_jax.checkpoint import load_adapters, save_adapters
 from lora_jax.core.adapt import adapt, explain
 from lora_jax.core.leaves import AdaptedArray, Adapter, QuantizedArray
+from lora_jax.core.merge import merge, unmerge
 from lora_jax.core.quantize import dequantize, quantize_array
 from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import (
@@ -17,10 +18,8 @@ from lora_jax.core.tree import (
     combine,
     count_params,
     init_adapters,
-    merge,
     quantize,
     split,
-    unmerge,
 )
 from lora_jax.optim import adapter_mask, freeze_base, lora_plus
 from lora_jax.sharding import shard, shardings

@@ -1,4 +1,4 @@
-"""Functions between the three trees: quantize, init_adapters, combine, split, merge, count.
+"""Functions between the three trees: quantize, init_adapters, combine, split, count.
 
 Every one is a pure function of trees, works under `jax.eval_shape`, and leaves what it does not
 understand (activations, strings, None) where it found it.
@@ -18,13 +18,12 @@ from lora_jax.core.leaves import (
     AdaptedArray,
     Adapter,
     QuantizedArray,
-    from_matrix,
     is_array,
     is_leaf,
     parse_layout,
     split_axes,
 )
-from lora_jax.core.quantize import dequantize, quantize_array
+from lora_jax.core.quantize import quantize_array
 from lora_jax.core.rules import LoraRule, first_matches, fold_path, path_string
 
 
@@ -289,72 +288,6 @@ def split(tree: Any) -> tuple[Any, Any]:
     return base, adapters
 
 
-def merge(base: Any, adapters: Any, *, dtype: Any = None) -> Any:
-    """Ordinary dense parameters with the update added in: `W + scale · b @ a`.
-
-    Args:
-      base: the frozen tree; quantized leaves are decoded.
-      adapters: a tree of the same structure.
-      dtype: of the float leaves; each leaf's own, if None.
-
-    Returns:
-      A tree of arrays that the unadapted function takes.
-    """
-
-    def one(_: str, leaf: Any) -> Any:
-        if isinstance(leaf, AdaptedArray):
-            return dense(leaf, dtype)
-        if isinstance(leaf, QuantizedArray):
-            return dequantize(leaf, dtype)
-        if dtype is not None and is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.asarray(leaf, dtype)
-        return leaf
-
-    return map_leaves(one, combine(base, adapters))
-
-
-def unmerge(params: Any, adapters: Any) -> Any:
-    """Takes the update out of merged parameters again: `W - scale · b @ a`.
-
-    Raises:
-      ValueError: if a leaf was trained whole: its old value is in the base alone.
-    """
-
-    def one(path: str, leaf: Any) -> Any:
-        if not isinstance(leaf, AdaptedArray):
-            return leaf
-        if leaf.is_replaced:
-            raise ValueError(
-                f"{path} was trained whole and cannot be unmerged, since merging replaced it; "
-                "keep the base tree, which merge does not change"
-            )
-        if isinstance(leaf.base, QuantizedArray):
-            raise ValueError(f"{path} is quantized; unmerge takes the parameters that merge gave")
-        negated = dataclasses.replace(leaf.adapter, scale=-leaf.adapter.scale)
-        return dense(AdaptedArray(leaf.base, negated))
-
-    return map_leaves(one, combine(params, adapters))
-
-
-def dense(leaf: AdaptedArray, dtype: Any = None) -> jax.Array:
-    """One adapted leaf as the dense parameter it stands for.
-
-    The sum is taken in float32 (or the base's own dtype, where wider) and cast once.
-    """
-    dtype = dtype or leaf.dtype
-    if leaf.is_replaced:
-        return leaf.adapter.astype(dtype)
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    base = dequantize(leaf.base, wide) if isinstance(leaf.base, QuantizedArray) else leaf.base
-    adapter = leaf.adapter
-    update = jnp.matmul(adapter.b.astype(wide), adapter.a.astype(wide), precision="highest")
-    update = update * adapter.scale  # [b..., out, in]
-    if leaf.scale is not None:
-        update = update * leaf.scale[..., None, None].astype(wide)
-    sizes = leaf.shape[leaf.ndim - len(adapter.layout.split()) :]
-    return (base.astype(wide) + from_matrix(update, adapter.layout, sizes)).astype(dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class ParamCount:
     """Numbers of parameters, and the bytes that hold them.
@@ -383,9 +316,16 @@ class ParamCount:
     def __str__(self) -> str:
         return (
             f"{self.trainable:,} trainable of {self.total:,} parameters ({self.percent:.2f} %); "
-            f"{self.trainable_bytes / 2**20:.1f} MiB trained, "
-            f"{self.frozen_bytes / 2**20:.1f} MiB frozen"
+            f"{_readable(self.trainable_bytes)} trained, {_readable(self.frozen_bytes)} frozen"
         )
+
+
+def _readable(count: int) -> str:
+    """Bytes, in the unit that leaves a few digits."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 2 ** (10 * power):
+            return f"{count / 2 ** (10 * power):.1f} {unit}"
+    return f"{count} B"
 
 
 def count_params(base: Any, adapters: Any) -> ParamCount:
