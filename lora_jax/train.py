@@ -140,7 +140,7 @@ def train(
             return adapted(combine(base, adapters), batch)
 
         (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(adapters)
-        metrics = {**metrics, "grad_norm": optax.global_norm(grads)}
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
         updates, opt_state = tx.update(grads, opt_state, adapters)
         return optax.apply_updates(adapters, updates), opt_state, loss, metrics
 

@@ -28,6 +28,7 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.train import Scores
 
 KERNELS = r"layers/.*/kernel"  # what is stored in 4 bits
+LAYOUT = "b i o"  # theirs: layers are scanned, and come first
 EVALUATION_ROWS = 16  # more than in training, for no activations are kept
 
 # What the published models are called where PEFT looks for them.
@@ -92,7 +93,7 @@ class Config:
     @property
     def rule(self) -> LoraRule:
         """What is adapted."""
-        return LoraRule(self.targets, self.rank, self.alpha)
+        return LoraRule(self.targets, self.rank, self.alpha, layout=LAYOUT)
 
     @property
     def optimizer(self) -> train.OptimizerConfig:
@@ -220,7 +221,7 @@ def load(config: Config) -> Problem:
     held_out = splits.test if config.held_out == "test" else splits.validation
     base = checkpoint.params
     if config.base != "float32":
-        base = quantize(base, KERNELS, kind=config.base, layout="b i o")
+        base = quantize(base, KERNELS, kind=config.base, layout=LAYOUT)
     return Problem(
         Decoder(checkpoint.config),
         jax.device_put(base),

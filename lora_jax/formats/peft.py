@@ -28,6 +28,7 @@ import safetensors.numpy
 from jax.typing import DTypeLike
 
 from lora_jax.core.leaves import Adapter
+from lora_jax.core.rules import path_string
 from lora_jax.core.tree import named_leaves
 
 _PREFIX = "base_model.model."
@@ -100,9 +101,9 @@ def write_peft(
         "r": rank,
         "lora_alpha": _whole_number(alpha),
         "lora_dropout": dropouts.pop(),
-        "target_modules": _targets(ranks),
-        "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
-        "alpha_pattern": {m: _whole_number(x) for m, x in alphas.items() if x != alpha},
+        "target_modules": _targets(list(ranks), _number_of_layers(adapters)),
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
         "use_rslora": False,  # whatever the rule was, lora_alpha / r is the scale here
         "use_dora": False,
         "fan_in_fan_out": False,
@@ -139,6 +140,43 @@ def _modules(path: str, leaf: Any) -> Iterator[tuple[str, Any]]:
         yield f"model.layers.{index}.{name}", jax.tree.map(operator.itemgetter(index), leaf)
 
 
+def _number_of_layers(adapters: Any) -> int:
+    """Layers of the decoder, those without adapters included."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        adapters, is_leaf=lambda x: x is None or isinstance(x, Adapter)
+    )
+    numbers = {0}
+    for path, leaf in leaves:
+        if unrolled := re.match(r"layers_(\d+)/", path_string(path)):
+            numbers.add(int(unrolled[1]) + 1)
+        elif isinstance(leaf, Adapter) and path_string(path).startswith("layers/"):
+            numbers.add(leaf.a.shape[0])
+    return max(numbers)
+
+
+def _targets(modules: list[str], layers: int) -> list[str]:
+    """The short name of a kind that is adapted in every layer, else whole names."""
+    kinds = collections.Counter(map(_kind, modules))
+    return sorted({_kind(name) if kinds[_kind(name)] == layers else name for name in modules})
+
+
+def _pattern(values: dict[str, Any], usual: Any) -> dict[str, Any]:
+    """What is not as usual, by the short name of a kind where that says enough."""
+    of_kind = collections.defaultdict(set)
+    for module, value in values.items():
+        of_kind[_kind(module)].add(value)
+    return {
+        _kind(module) if len(of_kind[_kind(module)]) == 1 else module: _whole_number(value)
+        for module, value in values.items()
+        if value != usual
+    }
+
+
+def _kind(module: str) -> str:
+    """`q_proj` of `model.layers.0.self_attn.q_proj`."""
+    return module.rpartition(".")[2]
+
+
 def _most_common(values: dict[str, Any]) -> Any:
     return collections.Counter(values.values()).most_common(1)[0][0]
 
@@ -146,18 +184,6 @@ def _most_common(values: dict[str, Any]) -> Any:
 def _whole_number(x: float) -> int | float:
     """PEFT's own files hold whole alphas as integers."""
     return int(x) if float(x).is_integer() else x
-
-
-def _targets(modules: dict[str, int]) -> list[str]:
-    """Module names for `target_modules`: the short ones, where a kind is adapted in every layer."""
-    layers = {int(m[1]) for name in modules if (m := re.match(r"model\.layers\.(\d+)\.", name))}
-    last = collections.Counter(name.rpartition(".")[2] for name in modules)
-    return sorted(
-        {
-            short if last[short := name.rpartition(".")[2]] == len(layers) else name
-            for name in modules
-        }
-    )
 
 
 def _write_whole(path: Path, content: bytes) -> None:
