@@ -122,10 +122,15 @@ def run(config: Config) -> int:
         config.out, "finetune", config, HUB_NAMES.get(config.model, config.model), (rule,)
     )
     with on_interrupt("nothing was trained yet"):
+        reporter.say(f"Reading {config.model} and {config.data} ...")
         with sentences(SourceError, ValueError, OSError):
             problem = load(config)
             adapters = init_adapters(jax.random.key(config.seed), problem.base, [rule])
-        reporter.plan(problem.base, adapters, f"{config.model}, kernels in {config.base}:")
+        reporter.say(
+            f"{len(problem.training.examples):,} sentences to train on, "
+            f"{len(problem.held_out.examples)} held out."
+        )
+        reporter.plan(problem.base, adapters)
         score = train.scorer(train.answer_logits(problem.model, problem.answers))
         before = evaluate(reporter, folder, problem, score, adapters, "before")
     adapters, steps = fit(reporter, folder, problem, tx, adapters, config)

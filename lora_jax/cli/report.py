@@ -51,9 +51,9 @@ class Reporter:
             table.add_row(*row)
         self.console.print(table, markup=False)
 
-    def plan(self, base: Any, adapters: Any, title: str) -> None:
+    def plan(self, base: Any, adapters: Any) -> None:
         """Prints which weights are trained, how the others are stored, and what that takes."""
-        self.say(title)
+        self.say()
         rows = []
         for path, leaf in named_leaves(combine(base, adapters)):
             adapted = isinstance(leaf, AdaptedArray)
