@@ -90,6 +90,7 @@ def test_it_says_what_it_does(done):
     printed = finished.stdout
     assert not re.search(r"[^\n -~…]", printed)  # no control characters where there is no terminal
     for expected in (
+        r"Rule 'attn/\.\*/kernel', rank 8, alpha 16: 4 of 11 weights match\.\n",
         r"layers/attn/q_proj/kernel +2x64x64 +nf4 +r=8 +2,048\n",
         r"layers/mlp/up_proj/kernel +2x64x128 +nf4 +- +-\n",
         r"[\d,]+ trainable of [\d,]+ parameters \([\d.]+ %\)",

@@ -130,7 +130,7 @@ def run(config: Config) -> int:
             f"{len(problem.training.examples):,} sentences to train on, "
             f"{len(problem.held_out.examples)} held out."
         )
-        reporter.plan(problem.base, adapters)
+        reporter.plan(problem.base, adapters, rule)
         score = train.scorer(train.answer_logits(problem.model, problem.answers))
         before = evaluate(reporter, folder, problem, score, adapters, "before")
     adapters, steps = fit(reporter, folder, problem, tx, adapters, config)

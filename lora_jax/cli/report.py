@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lora_jax.core.leaves import AdaptedArray, Adapter, QuantizedArray
+from lora_jax.core.leaves import AdaptedArray, QuantizedArray
+from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import combine, count_params, named_leaves
 from lora_jax.data import Example
 from lora_jax.train import Scores
@@ -51,25 +52,22 @@ class Reporter:
             table.add_row(*row)
         self.console.print(table, markup=False)
 
-    def plan(self, base: Any, adapters: Any) -> None:
-        """Prints which weights are trained, how the others are stored, and what that takes."""
-        self.say()
-        rows = []
+    def plan(self, base: Any, adapters: Any, rule: LoraRule) -> None:
+        """Prints which weights are trained, how all are stored, and what that takes."""
+        rows, matched = [], 0
         for path, leaf in named_leaves(combine(base, adapters)):
-            adapted = isinstance(leaf, AdaptedArray)
-            stored, adapter = (leaf.base, leaf.adapter) if adapted else (leaf, None)
-            if not adapted and not isinstance(stored, QuantizedArray):
-                continue
-            shown = f"r={adapter.rank}" if isinstance(adapter, Adapter) else "whole"
-            rows.append(
-                (
-                    path,
-                    "x".join(map(str, stored.shape)),
-                    stored.kind if isinstance(stored, QuantizedArray) else str(stored.dtype),
-                    shown if adapted else "-",
-                    f"{count_params(stored, adapter).trainable:,}" if adapted else "-",
-                )
-            )
+            stored, rank, trained = leaf, "-", "-"
+            if isinstance(leaf, AdaptedArray):
+                stored, matched = leaf.base, matched + 1
+                rank = f"r={leaf.adapter.rank}"
+                trained = f"{count_params(stored, leaf.adapter).trainable:,}"
+            kind = stored.kind if isinstance(stored, QuantizedArray) else str(stored.dtype)
+            rows.append((path, "x".join(map(str, stored.shape)), kind, rank, trained))
+        self.say()
+        self.say(
+            f"Rule {rule.pattern!r}, rank {rule.rank}, alpha {rule.alpha:g}: "
+            f"{matched} of {len(rows)} weights match."
+        )
         self.table(("weight", "shape", "stored as", "adapter", "trained"), rows)
         self.say(str(count_params(base, adapters)))
         self.say()
