@@ -214,6 +214,11 @@ def test_a_folder_that_is_taken(paths, tmp_path, capsys):
     assert (tmp_path / "result.json").read_text() == "precious"
 
 
+def test_a_folder_is_not_taken_by_a_run_that_never_began(paths, tmp_path, capsys):
+    assert main(arguments(paths, tmp_path / "run", model="no-such-model")) == 2
+    assert main(arguments(paths, tmp_path / "run", steps=1)) == 0
+
+
 def test_a_folder_that_cannot_be(paths, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(arguments(paths, tmp_path / "file" / "run")) == 2

@@ -58,7 +58,8 @@ class RunFolder:
         """
         path = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         with writing(path):
-            if path.is_dir() and any(path.iterdir()):
+            # The options alone are what a run leaves that never came to train: take its place.
+            if path.is_dir() and any(x.name != "config.json" for x in path.iterdir()):
                 raise CliError(f"{path} is not empty; write --out with a new folder.")
             path.mkdir(parents=True, exist_ok=True)
             if (free := shutil.disk_usage(path).free) < NEEDED:
