@@ -3,8 +3,9 @@
     python experiments/speed/cpu_step.py
     python experiments/speed/cpu_step.py --batch 16 --length 512 --dtype bfloat16   # on a GPU
 
-The SmolLM2-135M shape with random weights, AdamW, r=8 on all linear layers; the whole step
-(forward, backward, optimizer), each method warmed up, then timed in turn, round after round, so
+The SmolLM2-135M shape with random weights, AdamW; LoRA of r=8 on the weights of attention, as
+`lora-jax finetune` has it, or where --targets says. QLoRA stores all kernels of all layers in NF4.
+The whole step (forward, backward, optimizer) is timed, the methods in turn, round after round, so
 that a drift of the machine meets all alike. Results are in this folder's README.
 """
 
@@ -50,13 +51,15 @@ def make_step(model: Decoder, tx: optax.GradientTransformation, tree_of: Any) ->
     return step
 
 
-def methods(model: Decoder, params: Any, rank: int) -> dict[str, tuple[Any, Any, Any]]:
+def methods(
+    model: Decoder, params: Any, targets: str, rank: int
+) -> dict[str, tuple[Any, Any, Any]]:
     """For each method: what is trained, what is frozen, and how the two make a tree."""
     layout = "b i o" if model.config.scan_layers else "i o"
     base = lj.quantize(params, KERNELS, layout=layout)
     key = jax.random.key(1)
-    lora = lj.init_adapters(key, params, [lj.LoraRule(KERNELS, rank=rank, layout=layout)])
-    qlora = lj.init_adapters(key, base, [lj.LoraRule(KERNELS, rank=rank)])
+    lora = lj.init_adapters(key, params, [lj.LoraRule(targets, rank=rank, layout=layout)])
+    qlora = lj.init_adapters(key, base, [lj.LoraRule(targets, rank=rank)])
     combined = lambda trained, frozen: lj.combine(frozen, trained)  # noqa: E731
     return {
         "full": (jax.tree.map(jnp.copy, params), None, lambda trained, _: trained),
@@ -71,6 +74,7 @@ def main() -> None:
     parser.add_argument("--shape", default="smollm2-135m", choices=sorted(SHAPES))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--targets", default=r"attn/.*/kernel", help="pattern of adapted weights")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--unrolled", action="store_true", help="layers unrolled, not scanned")
@@ -90,7 +94,7 @@ def main() -> None:
     tx = optax.adamw(1e-4)
 
     states, compile_s = {}, {}
-    for name, (trained, frozen, tree_of) in methods(model, params, args.rank).items():
+    for name, (trained, frozen, tree_of) in methods(model, params, args.targets, args.rank).items():
         step = make_step(model, tx, tree_of)
         start = time.perf_counter()
         state = step(trained, tx.init(trained), frozen, tokens)
