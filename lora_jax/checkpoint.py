@@ -112,7 +112,10 @@ def load_adapters(path: str | os.PathLike, base: Any) -> Any:
         raise FileNotFoundError(
             f"{folder} holds no adapters.json; expected a folder that save_adapters wrote"
         )
-    record = json.loads((folder / "adapters.json").read_text())
+    try:
+        record = json.loads((folder / "adapters.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / 'adapters.json'} is damaged: {error}") from None
     if record.get("format") != FORMAT:
         raise ValueError(
             f"{folder} has format {record.get('format')!r}, this version reads {FORMAT}; load it "

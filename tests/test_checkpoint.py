@@ -116,6 +116,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     record.write_text(json.dumps({**json.loads(record.read_text()), "format": 2}))
     with pytest.raises(ValueError, match="has format 2, this version reads 1"):
         lj.load_adapters(tmp_path / "run", base())
+    record.write_text(record.read_text()[:40])
+    with pytest.raises(ValueError, match=r"adapters\.json is damaged"):
+        lj.load_adapters(tmp_path / "run", base())
 
 
 def test_two_leaves_of_one_name_are_refused(tmp_path: Path) -> None:
