@@ -1,0 +1,510 @@
+"""The laws that hold for every adapter variant on every kind of base, under every transform.
+
+One small language model serves them all: an embedding that is its own head, and three layers of two
+matrices, scanned or unrolled. Expectations are NumPy's, in float64.
+"""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+import lora_jax as lj
+
+# Sizes that no other array has, by which law 8 knows a decoded weight.
+VOCAB, DIM, HIDDEN, LAYERS = 40, 96, 160, 3
+IDS = np.random.default_rng(0).integers(0, VOCAB, (2, 5)).astype(np.int32)
+LAYOUTS = {"embed": "o i", "layers/up": "b i o", "layers/down": "b i o"}
+WEIGHTS = "embed|up|down"
+
+
+def model(params: Any, ids: Any, *, scan: bool = True, remat: bool = False, dtype: Any = None):
+    """Logits `[..., VOCAB]`."""
+    cast = lambda w: w if dtype is None else w.astype(dtype)  # noqa: E731
+
+    def layer(x, weights):
+        hidden = jnp.tanh(x @ cast(weights["up"]))
+        return x + hidden @ cast(weights["down"]) * cast(weights["gain"]), None
+
+    layer = jax.checkpoint(layer) if remat else layer
+    x, layers = cast(params["embed"])[ids], params["layers"]
+    if scan:
+        x, _ = lax.scan(layer, x, layers)
+    else:
+        for k in range(layers["gain"].shape[0]):
+            x, _ = layer(x, jax.tree.map(lambda w: w[k], layers))  # noqa: B023
+    return (x * cast(params["norm"])) @ cast(params["embed"]).T
+
+
+def in_numpy(params: Any, ids: np.ndarray) -> np.ndarray:
+    x, layers = params["embed"][ids], params["layers"]
+    for up, down, gain in zip(layers["up"], layers["down"], layers["gain"], strict=True):
+        x = x + np.tanh(x @ up) @ down * gain
+    return (x * params["norm"]) @ params["embed"].T
+
+
+def make_params(layers: int = LAYERS) -> Any:
+    weight = lambda *shape: jnp.asarray(reference.weight(shape, len(shape)))  # noqa: E731
+    stacked = {"up": weight(layers, DIM, HIDDEN), "down": weight(layers, HIDDEN, DIM)}
+    stacked["gain"] = jnp.full((layers, DIM), 0.5)
+    return {"embed": weight(VOCAB, DIM), "layers": stacked, "norm": jnp.full(DIM, 1.5)}
+
+
+BASES = {
+    "float32": None,
+    "bfloat16": None,
+    "nf4": {"kind": "nf4"},
+    "nf4, plain scales": {"kind": "nf4", "double_quant": False},
+    "fp4": {"kind": "fp4"},
+    "int4": {"kind": "int4"},
+    "af4": {"kind": "af4"},
+}
+# What `LoraRule` and `init_adapters` are given.
+VARIANTS = {
+    "lora": ({"rank": 4, "alpha": 8}, ()),
+    "rslora": ({"rank": 4, "alpha": 4, "rslora": True}, ()),
+    "lora, norms trained": ({"rank": 3, "alpha": 6, "dropout": 0.1}, ["norm", "gain"]),
+    "lora of rank one": ({"rank": 1, "alpha": 2}, ()),
+}
+# Every base with plain LoRA, and every variant on a 4-bit base.
+PAIRS = list(
+    dict.fromkeys([(base, "lora") for base in BASES] + [("nf4", variant) for variant in VARIANTS])
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trees:
+    """A base, adapters at their start, and adapters as after some training."""
+
+    base: Any
+    start: Any
+    moved: Any
+
+    @property
+    def tolerance(self) -> float:
+        """Of products in the base's dtype, relative to the largest value."""
+        return 3e-2 if self.base["norm"].dtype == jnp.bfloat16 else 1e-5
+
+
+@functools.cache
+def make(base_kind: str, variant: str, layers: int = LAYERS) -> Trees:
+    base, options = make_params(layers), BASES[base_kind]
+    if base_kind == "bfloat16":
+        base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
+    if options is not None:
+        for pattern, layout in LAYOUTS.items():
+            base = lj.quantize(base, pattern, block_size=32, layout=layout, **options)
+    rule, train = VARIANTS[variant]
+    rules = [
+        lj.LoraRule(pattern, layout=None if options else layout, **rule)
+        for pattern, layout in LAYOUTS.items()
+    ]
+    start = lj.init_adapters(jax.random.key(0), base, rules, train=train)
+    return Trees(base, start, reference.randomized(start, size=0.1))
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: " + ".join(pair))
+def trees(request):
+    return make(*request.param)
+
+
+def logits(base: Any, adapters: Any, ids: Any = IDS, **options: Any) -> jax.Array:
+    fn = functools.partial(model, **options)
+    return lj.adapt(fn)(lj.combine(base, adapters), ids)
+
+
+jitted = jax.jit(logits, static_argnames=("scan", "remat"))
+apply = jax.jit(model, static_argnames=("scan", "remat"))
+
+
+def is_quantized(x: Any) -> bool:
+    return isinstance(x, lj.QuantizedArray)
+
+
+def decoded(base: Any) -> Any:
+    return jax.tree.map(
+        lambda x: lj.dequantize(x) if is_quantized(x) else x, base, is_leaf=is_quantized
+    )
+
+
+def assert_near(actual: Any, wanted: Any, tolerance: float) -> None:
+    """Within `tolerance` of the largest value."""
+    actual, wanted = (np.asarray(x).astype(np.float64) for x in (actual, wanted))
+    assert actual.shape == wanted.shape
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+def assert_bits_equal(actual: Any, wanted: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+# Law 1: at its start the adapted model is the base.
+
+
+def test_start_is_the_base(trees):
+    """Eagerly bit for bit. XLA may lay a product out anew where an update is added: 1e-6."""
+    dense = decoded(trees.base)
+    eager = logits(trees.base, trees.start, scan=False)
+    np.testing.assert_array_equal(np.asarray(eager), np.asarray(model(dense, IDS, scan=False)))
+    tolerance = 1e-6 if eager.dtype == jnp.float32 else 1e-2
+    assert_near(jitted(trees.base, trees.start), apply(dense, IDS), tolerance)
+
+
+def test_equals_numpy(trees):
+    """And after its start it is the base plus scale · B A."""
+    wanted = in_numpy(reference.dense_tree(trees.base, trees.moved), IDS)
+    assert_near(jitted(trees.base, trees.moved), wanted, trees.tolerance)
+    assert not np.allclose(wanted, in_numpy(decoded_numpy(trees.base), IDS), rtol=0.1)
+
+
+def decoded_numpy(base: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x).astype(np.float64), decoded(base))
+
+
+# Law 2: training does not touch the base.
+
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
+    "lora+": lambda: lj.lora_plus(optax.adamw, 1e-3, ratio=16),
+}
+
+
+def cross_entropy(base: Any, adapters: Any) -> jax.Array:
+    scores = logits(base, adapters, IDS[:, :-1]).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(scores, IDS[:, 1:]).mean()
+
+
+def make_step(tx: optax.GradientTransformation):
+    def step(adapters, state, base):
+        value, gradients = jax.value_and_grad(lambda a: cross_entropy(base, a))(adapters)
+        updates, state = tx.update(gradients, state, adapters)
+        return optax.apply_updates(adapters, updates), state, value
+
+    return step
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("base_kind", ["float32", "nf4"])
+def test_training_leaves_the_base_alone(base_kind, optimizer):
+    trees = make(base_kind, "lora, norms trained")
+    tx = OPTIMIZERS[optimizer]()
+    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+    before = jax.tree.map(np.array, trees.base)
+    adapters = jax.tree.map(jnp.copy, trees.start)
+    state, values = tx.init(adapters), []
+    for _ in range(8):
+        adapters, state, value = step(adapters, state, trees.base)
+        values.append(float(value))
+    assert values[-1] < 0.8 * values[0]
+    assert_bits_equal(trees.base, before)
+    for moved, start in zip(jax.tree.leaves(adapters), jax.tree.leaves(trees.start), strict=True):
+        assert not np.array_equal(moved, start)
+    assert jax.tree.structure(adapters) == jax.tree.structure(trees.start)
+
+
+# Law 3: merging.
+
+
+def test_merged_equals_adapted(trees):
+    merged = lj.merge(trees.base, trees.moved)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(merged))
+    assert_near(apply(merged, IDS), jitted(trees.base, trees.moved), trees.tolerance)
+
+
+def test_unmerged_equals_the_base(trees):
+    adapters = {**trees.moved, "norm": None}
+    adapters["layers"] = {**trees.moved["layers"], "gain": None}
+    again = lj.unmerge(lj.merge(trees.base, adapters), adapters)
+    for one, other in zip(
+        jax.tree.leaves(again), jax.tree.leaves(decoded(trees.base)), strict=True
+    ):
+        assert one.dtype == other.dtype
+        assert_near(one, other, trees.tolerance)
+
+
+# Law 4: transforms change nothing.
+
+
+@pytest.mark.parametrize("options", [{"remat": True}, {"scan": False}], ids=["remat", "unrolled"])
+@pytest.mark.parametrize("base_kind", ["float32", "nf4"])
+def test_loops_and_remat(base_kind, options):
+    """Values and gradients."""
+    trees = make(base_kind, "lora, norms trained")
+
+    def run(**options):
+        def total(adapters, base):
+            return jnp.sum(jnp.sin(logits(base, adapters, **options)))
+
+        return jax.jit(jax.value_and_grad(total))(trees.moved, trees.base)
+
+    for one, other in zip(jax.tree.leaves(run(**options)), jax.tree.leaves(run()), strict=True):
+        assert_near(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("base_kind", ["float32", "nf4"])
+def test_eager_equals_jit(base_kind):
+    trees = make(base_kind, "lora, norms trained")
+    assert_near(logits(trees.base, trees.moved), jitted(trees.base, trees.moved), 1e-6)
+
+
+RUNS = 3
+stacked = functools.partial(jax.tree.map, lambda *xs: jnp.stack(xs))
+
+
+@pytest.mark.parametrize("base_kind", ["float32", "nf4"])
+def test_runs_under_vmap(base_kind):
+    """Adapters of several runs on one base, each with a scale of its own."""
+    trees = make(base_kind, "lora, norms trained")
+    runs = [reference.randomized(trees.start, seed) for seed in range(RUNS)]
+    scales = jnp.array([1.0, 0.5, 2.0])
+
+    def one(adapters, scale):
+        return lj.adapt(model)(lj.combine(trees.base, adapters, scales=scale), IDS)
+
+    together = jax.jit(jax.vmap(one))(stacked(*runs), scales)
+    for result, adapters, scale in zip(together, runs, scales, strict=True):
+        rescaled = jax.tree.map(
+            lambda x: (
+                dataclasses.replace(x, scale=x.scale * float(scale))  # noqa: B023
+                if isinstance(x, lj.Adapter)
+                else x
+            ),
+            adapters,
+            is_leaf=lambda x: isinstance(x, lj.Adapter),
+        )
+        wanted = in_numpy(reference.dense_tree(trees.base, rescaled), IDS)
+        assert_near(result, wanted, 1e-5)
+
+
+NESTED = {
+    "vmap over inputs": lambda f, a: jax.vmap(f, (None, 0))(a, IDS),
+    "jit of vmap of jit": lambda f, a: jax.jit(jax.vmap(jax.jit(f), (None, 0)))(a, IDS),
+    "map over inputs": lambda f, a: lax.map(lambda ids: f(a, ids), IDS),
+    "checkpoint": lambda f, a: jax.checkpoint(f)(a, IDS),
+    "scan": lambda f, a: lax.scan(lambda c, ids: (c, f(a, ids)), 0, IDS)[1],
+    "cond": lambda f, a: lax.cond(IDS[0, 0] >= 0, f, lambda a, ids: 0 * f(a, ids), a, IDS),
+    "while": lambda f, a: lax.while_loop(
+        lambda c: c[0] < 1, lambda c: (c[0] + 1, f(a, IDS)), (0, jnp.zeros((*IDS.shape, VOCAB)))
+    )[1],
+    "value of jvp": lambda f, a: jax.jvp(lambda a: f(a, IDS), (a,), (a,))[0],
+    "linearized": lambda f, a: jax.linearize(lambda a: f(a, IDS), a)[0],
+}
+
+
+@pytest.mark.parametrize("nested", NESTED.values(), ids=NESTED)
+def test_inside_other_transforms(nested):
+    trees = make("nf4", "lora")
+    fn = functools.partial(logits, trees.base)
+    assert_near(nested(fn, trees.moved), jitted(trees.base, trees.moved), 2e-6)
+
+
+def test_derivatives_agree():
+    """Forward and reverse; and the second derivative, forward over reverse and the other way."""
+    trees = make("nf4", "lora")
+    direction = reference.randomized(trees.start, 9)
+
+    def total(adapters):
+        return jnp.sum(jnp.sin(logits(trees.base, adapters)))
+
+    def forward(fn):
+        return lambda a: jax.jvp(fn, (a,), (direction,))[1]
+
+    def reverse(fn):
+        def along(a):
+            pairs = zip(jax.tree.leaves(jax.grad(fn)(a)), jax.tree.leaves(direction), strict=True)
+            return sum(jnp.vdot(gradient, d) for gradient, d in pairs)
+
+        return along
+
+    first = [jax.jit(f(total))(trees.moved) for f in (forward, reverse)]
+    np.testing.assert_allclose(*first, rtol=1e-4)
+    second = [jax.jit(f)(trees.moved) for f in (forward(reverse(total)), reverse(forward(total)))]
+    np.testing.assert_allclose(*second, rtol=1e-3)
+
+
+@pytest.mark.parametrize("base_kind", ["float32", "nf4"])
+def test_sharded_equals_unsharded(base_kind):
+    trees = make(base_kind, "lora, norms trained")
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    rules = [
+        ("embed", PartitionSpec("d")),
+        ("up", PartitionSpec(None, None, "d")),
+        ("down", PartitionSpec(None, None, "d")),
+    ]
+    base, adapters = (lj.shard(tree, mesh, rules) for tree in (trees.base, trees.moved))
+    values = lambda a, b: jnp.sum(jnp.sin(logits(b, a)))  # noqa: E731
+    run = jax.jit(jax.value_and_grad(values))
+    wanted = run(trees.moved, trees.base)
+    for one, other in zip(
+        jax.tree.leaves(run(adapters, base)), jax.tree.leaves(wanted), strict=True
+    ):
+        assert_near(one, other, 1e-5)
+
+
+# Law 5: what is saved is what is loaded.
+
+
+def test_saved_and_loaded(trees, tmp_path):
+    lj.save_adapters(tmp_path / "run", trees.moved)
+    assert_bits_equal(lj.load_adapters(tmp_path / "run", trees.base), trees.moved)
+
+
+# Law 6: one adapter with weight 1 is that adapter.
+
+
+def test_weight_of_one(trees):
+    def weighted(base, adapters, scale):
+        return lj.adapt(model)(lj.combine(base, adapters, scales=scale), IDS)
+
+    one = jax.jit(weighted)(trees.base, trees.moved, 1.0)
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(jitted(trees.base, trees.moved)))
+
+
+# Law 7: gradients are those through the dense weight.
+
+
+def dense_loss(adapters: Any, base: Any, dtype: Any) -> jax.Array:
+    """Through W + scale · B A written out, in plain JAX and in `dtype`."""
+
+    def one(weight, adapter):
+        weight = weight.astype(dtype)
+        if not isinstance(adapter, lj.Adapter):
+            return weight if adapter is None else adapter.astype(dtype)
+        update = adapter.scale * adapter.b.astype(dtype) @ adapter.a.astype(dtype)  # [.., out, in]
+        return weight + (update if adapter.layout == "o i" else jnp.swapaxes(update, -1, -2))
+
+    dense = jax.tree.map(
+        one, base, adapters, is_leaf=lambda x: x is None or isinstance(x, lj.Adapter)
+    )
+    return jnp.sum(jnp.sin(model(dense, IDS)))
+
+
+@pytest.mark.parametrize(
+    ("base_kind", "variant"),
+    [("float32", "lora"), ("nf4", "rslora"), ("nf4", "lora, norms trained")],
+)
+def test_gradients(base_kind, variant):
+    """To 1e-10 in float64; to 1e-5 of each leaf's largest in float32."""
+    trees = make(base_kind, variant)
+    dense = decoded(trees.base)
+
+    def loss(adapters, base, dtype):
+        return jnp.sum(jnp.sin(logits(base, adapters, dtype=dtype)))
+
+    single = jax.jit(jax.grad(loss), static_argnums=2)(trees.moved, trees.base, None)
+    with jax.enable_x64(True):
+        # A leaf trained whole is used, and its gradient rounded, in the base's own dtype.
+        widen = lambda x: x if is_quantized(x) else jnp.asarray(x, jnp.float64)  # noqa: E731
+        wide = jax.tree.map(widen, trees.moved)
+        wide_base = jax.tree.map(widen, trees.base, is_leaf=is_quantized)
+        double = jax.jit(jax.grad(loss), static_argnums=2)
+        actual = double(wide, wide_base, jnp.float64)
+        exact = jax.jit(jax.grad(dense_loss), static_argnums=2)(wide, dense, jnp.float64)
+        for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(exact), strict=True):
+            assert one.dtype == jnp.float64
+            assert_near(one, other, 1e-10)
+    for one, other in zip(jax.tree.leaves(single), jax.tree.leaves(exact), strict=True):
+        assert_near(one, other, 1e-5)
+
+
+# Law 8: autodiff keeps codes, never decoded weights.
+
+DEPTH = 8
+MATRICES = {(VOCAB, DIM), (DIM, HIDDEN), (HIDDEN, DIM)}
+
+
+def is_decoded(x: Any) -> bool:
+    """Whether an array may be a weight, or all layers' weights, in more than four bits."""
+    if x.size * x.dtype.itemsize <= x.size:  # codes: at most a byte for each entry
+        return False
+    sizes = {a * b for a, b in MATRICES} | {DEPTH * a * b for a, b in MATRICES}
+    return x.size in sizes or {*x.shape[-2:]} in [set(m) for m in MATRICES]
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+def test_residuals_are_codes(scan, remat):
+    """Of eight layers: what reverse mode keeps from the forward pass."""
+    trees = make("nf4", "lora", DEPTH)
+
+    def residuals(adapters, base):
+        _, linear = jax.linearize(lambda a: logits(base, a, scan=scan, remat=remat), adapters)
+        return jax.tree.leaves(jax.closure_convert(linear, adapters)[1])
+
+    kept = jax.eval_shape(residuals, trees.moved, trees.base)
+    assert kept
+    assert not [x for x in kept if is_decoded(x)]
+    # A float base shows that the test can see weights at all.
+    floats = make("float32", "lora", DEPTH)
+    assert [x for x in jax.eval_shape(residuals, floats.moved, floats.base) if is_decoded(x)]
+
+
+def test_memory_of_scanned_layers():
+    """Each further layer costs its activations and codes' gradients none: no decoded weight."""
+
+    def temporary(depth):
+        trees = make("nf4", "lora", depth)
+        gradient = jax.jit(jax.grad(lambda a, b: jnp.sin(logits(b, a)).sum()))
+        memory = gradient.lower(trees.moved, trees.base).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    a_layer = (temporary(4 * DEPTH) - temporary(DEPTH)) / (3 * DEPTH)
+    decoded_layer = 2 * DIM * HIDDEN * 4
+    assert a_layer < decoded_layer / 4
+
+
+# Law 9: runs in one program do not meet.
+
+
+@pytest.mark.parametrize("base_kind", ["float32", "nf4"])
+def test_runs_do_not_meet(base_kind):
+    """A neighbour's NaN, in its adapters and its data, leaves my training bit-equal."""
+    trees = make(base_kind, "lora, norms trained")
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+    def step(adapters, state, ids, scale):
+        def loss(adapters):
+            tree = lj.combine(trees.base, adapters, scales=scale)
+            scores = lj.adapt(model)(tree, ids[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(scores, ids[:, 1:]).mean()
+
+        value, gradients = jax.value_and_grad(loss)(adapters)
+        updates, state = tx.update(gradients, state, adapters)
+        return optax.apply_updates(adapters, updates), state, value
+
+    steps = jax.jit(jax.vmap(step))
+    runs = [reference.randomized(trees.start, seed) for seed in range(RUNS)]
+    ids = np.stack([IDS, IDS[:, ::-1], IDS])
+    scales = np.array([1.0, 0.5, 2.0], np.float32)
+
+    def train(runs, ids, scales):
+        adapters = stacked(*runs)
+        state = jax.vmap(tx.init)(adapters)
+        for _ in range(2):
+            adapters, state, value = steps(adapters, state, ids, scales)
+        return jax.tree.map(lambda x: x[1], (adapters, state, value))
+
+    mine = train(runs, ids, scales)
+    assert np.isfinite(mine[2])
+    for spoiled in (np.nan, np.inf, 1e30):
+        others = [jax.tree.map(lambda x: x * 0 + spoiled, run) for run in runs]  # noqa: B023
+        changed = train([others[0], runs[1], others[2]], ids[::-1] * 0 + ids[1], scales * [9, 1, 9])
+        assert_bits_equal(changed, mine)
+
+
+def test_weights_are_named():
+    """The model's weights are those that the laws are about."""
+    report = lj.explain(model)(lj.combine(make("nf4", "lora").base, make("nf4", "lora").start), IDS)
+    assert {path: report.status(path) for path in report.uses} == dict.fromkeys(LAYOUTS, "factored")
+    assert all(re.search(WEIGHTS, path) for path in report.uses)
