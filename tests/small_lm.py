@@ -21,15 +21,16 @@ IDS = np.random.default_rng(0).integers(0, VOCAB, (2, 5)).astype(np.int32)
 LAYOUTS = {"embed": "o i", "layers/up": "b i o", "layers/down": "b i o"}
 
 
-def model(params: Any, ids: Any, *, scan: bool = True, remat: bool = False, dtype: Any = None):
-    """Logits `[..., VOCAB]`."""
+def model(params: Any, ids: Any, *, scan: bool = True, remat: Any = False, dtype: Any = None):
+    """Logits `[..., VOCAB]`; `remat` is whether to rematerialize layers, or by which policy."""
     cast = lambda w: w if dtype is None else w.astype(dtype)  # noqa: E731
 
     def layer(x, weights):
         hidden = jnp.tanh(x @ cast(weights["up"]))
         return x + hidden @ cast(weights["down"]) * cast(weights["gain"]), None
 
-    layer = jax.checkpoint(layer) if remat else layer
+    if remat:
+        layer = jax.checkpoint(layer, policy=None if remat is True else remat)
     x, layers = cast(params["embed"])[ids], params["layers"]
     if scan:
         x, _ = lax.scan(layer, x, layers)
