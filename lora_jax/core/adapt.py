@@ -34,7 +34,9 @@ def adapt(fn: Callable, *, strict: bool = True) -> Callable:
       fn: any JAX function whose first argument is a pytree: `model.apply`, a method, a partial, a
         plain function. Arrays are traced; any other leaf (bool, str, callable, None) is passed by
         value, so `train=False` and Equinox modules work. As with `jax.jit`, Python side effects
-        happen when it is traced, and eager calls with equal shapes are not traced again.
+        happen when it is traced, and eager calls with equal shapes are not traced again. A 4-bit
+        weight is decoded again in the backward pass, unless `fn` itself uses `jax.checkpoint` with
+        a policy that saves whatever it does not know (`everything_saveable` and the like).
       strict: whether an adapted leaf that `fn` does not use, or uses in a way that would make it
         dense, is an error. `explain` shows which leaves those are.
 

@@ -112,31 +112,7 @@ def _base_product(view: View, x: jax.Array, product: Callable) -> jax.Array:
         return product(base.dense_base(), x)
     # Differentiation with respect to x needs the weight again. Left to itself it would keep the
     # decoded one; recomputing it from the codes is what makes the base four bits in training, too.
-    return jax.checkpoint(lambda view, x: product(decoded_weight(view), x))(base, x)
-
-
-DECODED_WEIGHT = "decoded_weight"
-
-
-@jax.jit
-def decoded_weight(view: View) -> jax.Array:
-    """A quantized base made dense, as one equation of that name (see `never_saved`)."""
-    return view.dense_base()
-
-
-def never_saved(policy: Callable[..., Any]) -> Callable[..., Any]:
-    """A rematerialization policy that does as it is told, but for decoded weights.
-
-    A policy rules over the checkpoint in `_base_product` as well, and those that save whatever they
-    do not know would save the decoded weight.
-    """
-
-    def but_for_weights(primitive: Any, *args: Any, **params: Any) -> Any:
-        if params.get("name") == DECODED_WEIGHT:
-            return False
-        return policy(primitive, *args, **params)
-
-    return but_for_weights
+    return jax.checkpoint(lambda view, x: product(view.dense_base(), x))(base, x)
 
 
 def _factors(

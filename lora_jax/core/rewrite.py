@@ -262,9 +262,8 @@ def _inline(rewrite: Rewrite, equation: Any, *values: Any) -> list:
 def _checkpoint(rewrite: Rewrite, equation: Any, *values: Any) -> list:
     params = equation.params
     jaxpr, consts = _jaxpr.opened(params["jaxpr"])
-    policy = params["policy"] and contract.never_saved(params["policy"])
 
-    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=params["prevent_cse"])
+    @functools.partial(jax.checkpoint, policy=params["policy"], prevent_cse=params["prevent_cse"])
     def body(*values: Any) -> list:
         return rewrite.run(jaxpr, consts, list(values))
 
