@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
+from jax.sharding import AxisType
 
 import lora_jax as lj
 
@@ -104,3 +105,22 @@ def check_values_and_gradients(case: Case, base_kind: str) -> None:
     size = np.linalg.norm(terms)
     assert size > 0
     assert abs(terms.sum() - derivative) < 2e-5 * size
+
+
+PLAIN = Case("i o", MATRIX, (X,), lambda w, x: x @ w, lambda w, x: x @ w)
+WANTED = expected(PLAIN, *trees(PLAIN, "nf4"))
+
+
+@jax.custom_vjp
+def doubled(x):
+    """Twice its argument, with a derivative of seven, so that nobody else's can pass for it."""
+    return 2 * x
+
+
+doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (7 * g,))
+
+
+def on_mesh(fn: Callable, *specs) -> Callable:
+    """A function of arrays that are split over two devices."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)

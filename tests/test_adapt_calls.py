@@ -8,7 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LAYERS, MATRIX, SQUARE, Case, X, assert_near, call, expected, trees
+from cases import (
+    LAYERS,
+    MATRIX,
+    PLAIN,
+    SQUARE,
+    WANTED,
+    Case,
+    X,
+    assert_near,
+    call,
+    doubled,
+    expected,
+    on_mesh,
+    trees,
+)
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -19,23 +33,6 @@ import lora_jax as lj
 def tree():
     """One adapted 4-bit matrix."""
     return lj.combine(*trees(PLAIN, "nf4"))
-
-
-PLAIN = Case("i o", MATRIX, (X,), lambda w, x: x @ w, lambda w, x: x @ w)
-WANTED = expected(PLAIN, *trees(PLAIN, "nf4"))
-
-
-@jax.custom_vjp
-def doubled(x):
-    return 2 * x
-
-
-doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (7 * g,))
-
-
-def on_mesh(fn: Callable, *specs) -> Callable:
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
-    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
 
 
 # Gradients that the function itself cuts, and casts.

@@ -1,15 +1,25 @@
 """What `adapt` refuses, by name, what it does when told not to, and what `explain` says of it."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import MATRIX, Case, X, assert_near, call, expected, trees
+from cases import (
+    MATRIX,
+    PLAIN,
+    WANTED,
+    Case,
+    X,
+    assert_near,
+    call,
+    doubled,
+    expected,
+    on_mesh,
+    trees,
+)
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import lora_jax as lj
 from lora_jax.core.rewrite import Report
@@ -19,23 +29,6 @@ from lora_jax.core.rewrite import Report
 def tree():
     """One adapted 4-bit matrix."""
     return lj.combine(*trees(PLAIN, "nf4"))
-
-
-PLAIN = Case("i o", MATRIX, (X,), lambda w, x: x @ w, lambda w, x: x @ w)
-WANTED = expected(PLAIN, *trees(PLAIN, "nf4"))
-
-
-@jax.custom_vjp
-def doubled(x):
-    return 2 * x
-
-
-doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (7 * g,))
-
-
-def on_mesh(fn: Callable, *specs) -> Callable:
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
-    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
 
 
 # What has no factored form: the function in JAX, in NumPy, and the primitive that the error names.
