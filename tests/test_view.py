@@ -152,7 +152,8 @@ def test_any_product_of_any_view(leaf, chain, seed, view_first):
     numbers = zip(of_w, of_x, strict=True) if view_first else zip(of_x, of_w, strict=True)
     params = {"dimension_numbers": tuple(numbers), "preferred_element_type": jnp.float32}
 
-    actual = contract.dot_general(*((view, x) if view_first else (x, view)), params)
+    operands = (view, x) if view_first else (x, view)
+    actual = contract.total(contract.dot_general(*operands, params))
 
     if {view.kinds[view.order[k]] for k in contracted}.isdisjoint("io"):
         assert actual is None

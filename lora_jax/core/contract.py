@@ -41,7 +41,29 @@ class Labelled:
         return Labelled(value, out)
 
 
-def dot_general(lhs: Any, rhs: Any, params: dict[str, Any]) -> jax.Array | None:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """A product with the base, and the update's share of it, not added up yet.
+
+    XLA folds the transpose of a product into the product, but not that of a sum. A transpose, as
+    vmap puts behind `W @ x`, is therefore taken of both: the base's product is then computed as it
+    is without an adapter, to the last bit.
+    """
+
+    product: jax.Array
+    update: jax.Array
+
+    def total(self) -> jax.Array:
+        """What the product of the adapted weight is."""
+        return self.product + self.update.astype(self.product.dtype)
+
+    def transposed(self, permutation: tuple[int, ...]) -> Sum:
+        """With its axes permuted."""
+        return Sum(jnp.transpose(self.product, permutation), self.update.transpose(permutation))
+
+
+def dot_general(lhs: Any, rhs: Any, params: dict[str, Any]) -> jax.Array | Sum | None:
     """`lax.dot_general` where one operand is a `View`, or both are.
 
     Args:
@@ -65,6 +87,11 @@ def dot_general(lhs: Any, rhs: Any, params: dict[str, Any]) -> jax.Array | None:
     return _product(rhs, right, Labelled(lhs, left), out, lambda w, x: product(x, w), precision)
 
 
+def total(x: Any) -> Any:
+    """A sum added up; anything else as it is."""
+    return x.total() if isinstance(x, Sum) else x
+
+
 def _label(
     left_ndim: int, right_ndim: int, dimension_numbers: Any
 ) -> tuple[list[int], list[int], list[int]]:
@@ -86,8 +113,8 @@ def _product(
     out: list[int],
     product: Callable[[jax.Array, jax.Array], jax.Array],
     precision: Any,
-) -> jax.Array | None:
-    """`product(W, x)` plus the update's share of it."""
+) -> jax.Array | Sum | None:
+    """`product(W, x)` and the update's share of it."""
     if view.adapter is None:
         return _base_product(view, x.value, product)
     # Activations may be integers, or narrower than the weight: the product is of the wider dtype.
@@ -102,8 +129,7 @@ def _product(
     hidden = dropped.times(first, kept, precision)  # [T, r]
     hidden = Labelled(hidden.value.astype(dtype), hidden.labels)
     update = hidden.times(second, out, precision)  # [T, out]
-    y = _base_product(view, x.value, product)
-    return y + update.value.astype(y.dtype)
+    return Sum(_base_product(view, x.value, product), update.value)
 
 
 def _base_product(view: View, x: jax.Array, product: Callable) -> jax.Array:
@@ -172,7 +198,7 @@ def _product_of_views(
 
     def both(lhs: View, rhs: View) -> jax.Array | None:
         values = Labelled(rhs.dense_base(), right)
-        y = _product(lhs, left, values, out, product, precision)
+        y = total(_product(lhs, left, values, out, product, precision))
         if rhs.adapter is None or y is None:
             return y
         factors = _factors(rhs, right, summed, rhs.dtype, OTHER_RANK)
@@ -184,7 +210,7 @@ def _product_of_views(
         def through(w: jax.Array, x: jax.Array) -> jax.Array:
             return Labelled(w, left).times(Labelled(x, first.labels), kept, precision).value
 
-        hidden = _product(lhs, left, first, kept, through, precision)
+        hidden = total(_product(lhs, left, first, kept, through, precision))
         if hidden is None:
             return None
         update = Labelled(hidden.astype(rhs.dtype), kept).times(second, out, precision)

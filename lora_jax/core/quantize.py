@@ -16,7 +16,6 @@ import numpy as np
 from lora_jax.core.codebooks import KINDS, decision_points, scale_codebook
 from lora_jax.core.leaves import (
     QuantizedArray,
-    from_matrix,
     is_array,
     is_concrete,
     parse_layout,
@@ -120,7 +119,7 @@ def dequantize(q: QuantizedArray, dtype: Any = None) -> jax.Array:
     """
     if not isinstance(q, QuantizedArray):
         raise TypeError(f"expected a QuantizedArray, got {type(q).__name__}")
-    return from_matrix(xla.decode(q), q.layout, q.axis_sizes).astype(dtype or q.dtype)
+    return xla.decode_parameter(q).astype(dtype or q.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "block_size", "layout"))

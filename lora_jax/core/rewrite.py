@@ -72,6 +72,8 @@ class Rewrite:
         env.update(zip(jaxpr.invars, values, strict=True))
         for equation in jaxpr.eqns:
             operands = [_jaxpr.read(env, atom) for atom in equation.invars]
+            if equation.primitive.name != "transpose":
+                operands = [contract.total(x) for x in operands]
             with _jaxpr.name_scope(equation):
                 outputs = self.emit(equation, operands, compiled)
             env.update(zip(equation.outvars, outputs, strict=True))
@@ -79,9 +81,11 @@ class Rewrite:
 
     def emit(self, equation: Any, values: list, compiled: dict | None) -> list:
         """The outputs of one equation."""
+        name = equation.primitive.name
+        if name == "transpose" and isinstance(values[0], contract.Sum):
+            return [values[0].transposed(equation.params["permutation"])]
         if not any(isinstance(x, View) for x in values):
             return _jaxpr.bind(equation, values)
-        name = equation.primitive.name
         if name in _CONTROL_FLOW:
             return self.control_flow(equation, values, compiled)
         if name in _LAZY and (result := _LAZY[name](equation.params, *values)) is not None:
@@ -108,7 +112,7 @@ class Rewrite:
     def made_dense(self, x: Any, primitive: str) -> Any:
         """The value of a view that cannot stay lazy: an error if strict."""
         if not isinstance(x, View):
-            return x
+            return contract.total(x)
         if self.strict:
             raise ValueError(
                 f"{x.path} (shape {x.shape}) reaches {primitive!r}, which has no factored form: "
@@ -122,7 +126,7 @@ class Rewrite:
     def returned(self, x: Any) -> Any:
         """An output: a weight that was only passed through is returned as the leaf it is."""
         if not isinstance(x, View):
-            return x
+            return contract.total(x)
         leaf = x.leaf()
         return self.made_dense(x, "return") if leaf is None else leaf
 

@@ -193,7 +193,7 @@ def combine(base: Any, adapters: Any, *, scales: Any = None, dropout_key: Any = 
 
     Args:
       base: the frozen tree.
-      adapters: a tree of the same structure, as `init_adapters` gives.
+      adapters: a tree of the same structure, as `init_adapters` gives; None for the base alone.
       scales: factors on the adapters' own scales: one number, or a tree like `adapters` with a
         scalar for each `Adapter` (under vmap over runs, the run's own).
       dropout_key: a JAX PRNG key for the rules' dropout; None for no dropout.
@@ -221,6 +221,8 @@ def combine(base: Any, adapters: Any, *, scales: Any = None, dropout_key: Any = 
             keys = jax.random.split(keys, batch) if batch else keys
         return AdaptedArray(leaf, adapter, scale, keys)
 
+    if adapters is None:
+        return base
     if dropout_key is not None:
         dropout_key = _typed_key(dropout_key)
     if scales is not None and jax.tree_util.all_leaves([scales]):

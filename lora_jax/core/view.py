@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.leaves import AdaptedArray, Adapter, QuantizedArray, parameter_axes, split_axes
-from lora_jax.kernels import decode
+from lora_jax.kernels import decode_parameter
 
 
 @functools.partial(
@@ -133,15 +133,15 @@ class View:
         return self._cast((values.astype(wide) + update).astype(values.dtype))
 
     def _base_values(self) -> jax.Array:
-        if isinstance(self.base, QuantizedArray):
-            return _permuted(decode(self.base).reshape(self.canonical_shape), self.order)
-        batch = len(self.batch_shape)
-        own_outer, own_inner = split_axes(self.layout, tuple(self.base.shape[batch:]))
+        base, batch = self.base, len(self.batch_shape)
+        if isinstance(base, QuantizedArray):
+            base = decode_parameter(base)
+        own_outer, own_inner = split_axes(self.layout, tuple(base.shape[batch:]))
         own_order = parameter_axes(self.layout, batch)
         if (own_outer, own_inner, 0) == (self.outer, self.inner, self.ones):
             # One permutation from the parameter to the view: usually none at all.
-            return _permuted(self.base, [own_order.index(k) for k in self.order])
-        canonical = _permuted(self.base, np.argsort(own_order))
+            return _permuted(base, [own_order.index(k) for k in self.order])
+        canonical = _permuted(base, np.argsort(own_order))
         return _permuted(canonical.reshape(self.canonical_shape), self.order)
 
     def _cast(self, values: jax.Array) -> jax.Array:

@@ -1,5 +1,5 @@
 """Decoding 4-bit weights. The XLA path is the default and the reference."""
 
-from lora_jax.kernels.xla import decode, decode_rows, decode_scales
+from lora_jax.kernels.xla import decode, decode_parameter, decode_rows, decode_scales
 
-__all__ = ["decode", "decode_rows", "decode_scales"]
+__all__ = ["decode", "decode_parameter", "decode_rows", "decode_scales"]

@@ -10,10 +10,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.core.codebooks import codebook, scale_codebook
-from lora_jax.core.leaves import QuantizedArray
+from lora_jax.core.leaves import QuantizedArray, from_matrix
 
 GROUP = 256  # blocks that share one float32 when scales are double-quantized
 
@@ -23,6 +24,25 @@ def decode(q: QuantizedArray) -> jax.Array:
     """The values of a quantized weight, as the matrix `[b..., out, in]` of its dtype."""
     q = _gathered(q)
     return _levels_times_scales(q, q.codes, decode_scales(q), q.minimum)
+
+
+@jax.jit
+def decode_parameter(q: QuantizedArray) -> jax.Array:
+    """The values of a quantized weight, in the axes of the parameter it stands for.
+
+    XLA folds a transpose into the product that follows, and its CPU products of few rows then add
+    up in another order. There the values are made to lie in memory as a dense argument's do, so
+    that products with either are equal bit for bit. Other backends are left the choice, and the
+    speed; so is a mesh, because sharding does not propagate through the constraint.
+    """
+    w = from_matrix(decode(q), q.layout, q.axis_sizes)
+    if q.sharding_at_use is not None:
+        return w
+    return jax.lax.platform_dependent(w, cpu=_row_major, default=lambda w: w)
+
+
+def _row_major(w: jax.Array) -> jax.Array:
+    return with_layout_constraint(w, Layout(major_to_minor=tuple(range(w.ndim))))
 
 
 def _gathered(q: QuantizedArray) -> QuantizedArray:
