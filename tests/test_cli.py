@@ -1,87 +1,44 @@
-"""`lora-jax finetune` on a tiny model: what it leaves behind, and how it ends when it must."""
+"""`lora-jax finetune` on a tiny model: what it learns, says and leaves behind."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
-from tiny_model import write_model, write_sentences
+from tiny_runs import finetune, records, result, run_process, weights, write_files, write_lines
 
 import lora_jax as lj
-from lora_jax.cli import main, run_folder
-from lora_jax.formats import peft
+from lora_jax.cli import main
 from lora_jax.formats.gguf import read_gguf
 
-FILES = {"adapter", "checkpoint", "config.json", "curves.png", "metrics.jsonl", "result.json"}
+FILES = {
+    *("adapter", "checkpoint", "config.json", "curves.png", "metrics.jsonl", "result.json"),
+    "state",
+}
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_model(folder / "model.gguf"), write_sentences(folder / "data.jsonl")
-
-
-def arguments(paths, out: Path, **options) -> list[str]:
-    """A command that learns in a second what the tiny data have to teach."""
-    options = {
-        "model": paths[0],
-        "data": paths[1],
-        "out": out,
-        "before": "?",
-        "after": ":",
-        "answers": ("0", "1"),
-        "steps": 12,
-        "rows": 4,
-        "length": 48,
-        "learning_rate": 0.02,
-        **options,
-    }
-    command = ["finetune"]
-    for name, value in options.items():
-        values = value if isinstance(value, tuple) else (value,)
-        command += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return command
-
-
-def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(out: Path) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load_file(out / "adapter" / "adapter_model.safetensors")
+def files(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
-def done(paths, tmp_path_factory):
+def done(files, tmp_path_factory):
     """A run from beginning to end, in a process of its own, and all that it printed."""
     out = tmp_path_factory.mktemp("runs") / "done"
-    return out, run_process(arguments(paths, out))
-
-
-def run_process(argv: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs a command outside of this process, whose eight devices change the last bits."""
-    command = [sys.executable, "-W", "error", "-m", "lora_jax.cli", *argv]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    finished = run_process(finetune(**files, out=out, dropout=0.1))
     assert finished.returncode == 0, finished.stderr
-    return finished
+    return out, finished
 
 
 def test_it_learns(done):
-    out, _ = done
-    result = json.loads((out / "result.json").read_text())
-    assert result["accuracy"]["after"] > 0.9 > result["accuracy"]["before"]
-    assert result["nll"]["after"] < 0.3 < result["nll"]["before"]
-    assert 0.5 <= result["accuracy"]["majority"] < 0.75
+    test = result(done[0])["test"]
+    assert test["after"]["accuracy"] > 0.9 > test["before"]["accuracy"]
+    assert test["after"]["nll"] < 0.3 < test["before"]["nll"]
+    assert 0.5 <= test["majority"] < 0.75
 
 
 def test_it_says_what_it_does(done):
@@ -90,13 +47,14 @@ def test_it_says_what_it_does(done):
     printed = finished.stdout
     assert not re.search(r"[^\n -~…]", printed)  # no control characters where there is no terminal
     for expected in (
-        r"Rule 'attn/\.\*/kernel', rank 8, alpha 16: 4 of 11 weights match\.\n",
-        r"layers/attn/q_proj/kernel +2x64x64 +nf4 +r=8 +2,048\n",
-        r"layers/mlp/up_proj/kernel +2x64x128 +nf4 +- +-\n",
-        r"[\d,]+ trainable of [\d,]+ parameters \([\d.]+ %\)",
-        r"training 12/12  loss \d\.\d+  \d+ tokens/s  ETA 0 s",
-        r"majority class +\d\d\.\d %",
-        r"before +\d\d\.\d % +\d\.\d+\nafter +\d+\.\d % +\d\.\d+\n",
+        r"train       \d+ sequences of [\d,]+ tokens, \d+ learned\.\n",
+        r"layers/attn/q_proj/kernel +2x64x64 +nf4 +0\.00 +r=8 +2,048\n",
+        r"layers/mlp/up_proj/kernel +2x64x128 +nf4 +0\.01 +- +-\n",
+        r"4 of 11 weights are adapted: [\d,]+ trainable of [\d,]+ parameters \([\d.]+ %\)",
+        r"training 12/12  loss \d\.\d+  [\d,]+ tokens/s  \d\.\d GiB  ETA 0:00:00\n",
+        r"step 10: validation/nll \d\.\d+, validation/accuracy \d+\.\d %\n",
+        r"majority class +- +\d\d\.\d %",
+        r"before +\d\.\d+ +\d\d\.\d %\nafter +\d\.\d+ +\d+\.\d %\n",
         r"the first 5 of them",
         rf"{re.escape(str(out))} holds:",
     ):
@@ -106,20 +64,25 @@ def test_it_says_what_it_does(done):
 def test_it_leaves_everything_behind(done):
     out, _ = done
     assert {path.name for path in out.iterdir()} == FILES
-    config = json.loads((out / "config.json").read_text())
-    assert (config["steps"], config["learning_rate"], config["seed"]) == (12, 0.02, 0)
     lines = records(out)
-    assert [line.get("event", line.get("step")) for line in lines] == [
-        "before",
-        *range(1, 13),
-        "after",
-    ]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, 13))
+    assert [line["step"] for line in lines if "validation/nll" in line] == [5, 10, 12]
+    assert [line["test"] for line in lines if "test" in line] == ["before", "after"]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_both_forms_of_the_adapter_are_the_same(done, paths):
+def test_the_best_on_validation_is_kept(done):
     out, _ = done
-    base = read_gguf(paths[0]).params
+    found = {x["step"]: x["validation/nll"] for x in records(out) if "validation/nll" in x}
+    best = min(found, key=found.get)
+    assert result(out)["best_step"] == best
+    assert result(out)["validation"]["nll"] == found[best]
+
+
+def test_both_forms_of_the_adapter_are_the_same(done, files):
+    out, _ = done
+    base = read_gguf(files["model"]).params
     adapters = lj.load_adapters(out / "checkpoint", base)
     saved = weights(out)
     assert len(saved) == 2 * 2 * 4  # A and B, layers, projections
@@ -130,175 +93,104 @@ def test_both_forms_of_the_adapter_are_the_same(done, paths):
         np.testing.assert_array_equal(saved[f"{name}.lora_B.weight"], kernel.b[layer])
 
 
-def test_the_same_seed_gives_the_same_bits(done, paths, tmp_path):
-    def numbers(out):
-        return [{k: v for k, v in line.items() if k != "seconds"} for line in records(out)]
-
-    run_process(arguments(paths, tmp_path / "again"))
-    assert numbers(tmp_path / "again") == numbers(done[0])
-    run_process(arguments(paths, tmp_path / "other", seed=1, base="float32"))
-    assert numbers(tmp_path / "other") != numbers(done[0])
-
-
-# Ends that come too early.
-
-
-def one_sentence(captured) -> str:
-    assert "Traceback" not in captured.err
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"model": "no-such-model"}, "there is no file 'no-such-model'"),
-        ({"model": "pypi:nonsense"}, "names no member of a wheel"),
-        ({"data": "no-such-data.jsonl"}, "there is no file 'no-such-data.jsonl'"),
-        ({"model": __file__}, "is not a GGUF file"),
-        ({"data": __file__}, "line 1 of"),
-        ({"targets": "no_such_kernel"}, "pattern 'no_such_kernel' matches no leaf"),
-        ({"targets": "("}, "pattern '(' is no regular expression"),
-        ({"rank": 65}, "rank 65 of the rule"),
-        ({"rank": 0}, "rank is 0, expected a whole number of at least 1"),
-        ({"learning_rate": 0}, "learning_rate is 0.0, expected a positive number"),
-        ({"answers": (" No", "1")}, "the answer ' No' has 3 tokens"),
-        ({"answers": ("1",)}, "expected at least two, all different"),
-        ({"length": 2}, "the prompt alone has 2 tokens, and a row has 2"),
-    ],
-)
-def test_what_cannot_be_had_is_one_sentence(paths, tmp_path, capsys, options, sentence):
-    assert main(arguments(paths, tmp_path / "run", **options)) == 2
-    assert sentence in one_sentence(capsys.readouterr())
-
-
-@pytest.mark.parametrize(
-    ("argv", "sentence"),
-    [
-        (["finetune", "--no-such-option", "1"], "--no-such-option"),
-        (["finetune", "--base", "nf5"], "nf5"),
-        (["finetune", "--steps", "many"], "many"),
-        (["finetune", "--steps", "0"], "--steps is 0, expected at least 1"),
-    ],
-)
-def test_options_that_are_none(argv, sentence, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(argv)
-    captured = capsys.readouterr()
-    assert caught.value.code == 2
-    assert sentence in captured.err
-    assert "Traceback" not in captured.err
-
-
-def test_commands_that_are_none(capsys):
-    assert main(["fine-tune"]) == 2
-    assert "there is no command 'fine-tune'; write one of finetune" in one_sentence(
-        capsys.readouterr()
+def test_a_config_file_runs_again_to_the_bit(done, tmp_path):
+    config = ["finetune", "--config", str(done[0] / "config.json"), "--log", "json"]
+    again = run_process([*config, "--out", str(tmp_path / "again")])
+    assert again.returncode == 0, again.stderr
+    assert records(tmp_path / "again") == records(done[0])
+    # In this mode every line is for programs.
+    events = [json.loads(line) for line in again.stdout.splitlines()]
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 13))
+    assert events[-1]["event"] == "done"
+    other = run_process(
+        [*config[:3], "--log", "quiet", "--seed", "1", "--out", str(tmp_path / "1")]
     )
-    assert main([]) == 2
-    assert main(["--help"]) == 0
-    assert "finetune" in capsys.readouterr().out
+    assert (other.returncode, other.stdout, other.stderr) == (0, "", "")
+    assert records(tmp_path / "1") != records(done[0])
+    assert json.loads((tmp_path / "1" / "config.json").read_text())["seed"] == 1
 
 
-def test_a_label_without_an_answer(paths, tmp_path, capsys):
-    lines = [json.dumps({"text": f"sentence {n}", "label": 2}) for n in range(200)]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    assert main(arguments(paths, tmp_path / "run", data=tmp_path / "data.jsonl")) == 2
-    assert "labels [2] for one of its splits" in one_sentence(capsys.readouterr())
+# Other tasks, in this process.
 
 
-def test_a_folder_that_is_taken(paths, tmp_path, capsys):
-    (tmp_path / "result.json").write_text("precious")
-    assert main(arguments(paths, tmp_path)) == 2
-    assert "is not empty; write --out with a new folder" in one_sentence(capsys.readouterr())
-    assert (tmp_path / "result.json").read_text() == "precious"
+def run(files, tmp_path, **options) -> dict:
+    assert main(finetune(**{**files, "out": tmp_path / "run", "log": "quiet", **options})) == 0
+    return result(tmp_path / "run")
 
 
-def test_a_folder_is_not_taken_by_a_run_that_never_began(paths, tmp_path, capsys):
-    assert main(arguments(paths, tmp_path / "run", model="no-such-model")) == 2
-    assert main(arguments(paths, tmp_path / "run", steps=1)) == 0
-
-
-def test_a_folder_that_cannot_be(paths, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert main(arguments(paths, tmp_path / "file" / "run")) == 2
-    assert f"could not be written: {os.strerror(errno.ENOTDIR)}" in one_sentence(
-        capsys.readouterr()
+def test_completions_from_csv_with_files_for_each_split(files, tmp_path):
+    rows = [f"{letter * 3},{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["question,answer", *rows]))
+    found = run(
+        files,
+        tmp_path,
+        data=tmp_path / "train.csv",
+        validation_data=tmp_path / "validation.csv",
+        test_data=tmp_path / "test.csv",
+        task="completion",
+        prompt=r"{question}\n",
+        completion="{answer}",
+        labels=None,
+        steps=30,
+        evaluate_every=30,
+        compare=False,
+    )
+    assert found["training"]["records"] == found["test"]["records"] == 26
+    assert found["test"]["after"]["accuracy"] > 0.7
+    assert "before" not in found["test"]
+    assert found["test"]["after"]["perplexity"] == pytest.approx(
+        np.exp(found["test"]["after"]["nll"])
     )
 
 
-def test_a_disk_that_is_nearly_full(paths, tmp_path, capsys, monkeypatch):
-    free = run_folder.shutil.disk_usage(tmp_path)._replace(free=2**20)
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: free)
-    assert main(arguments(paths, tmp_path / "run")) == 2
-    assert "has 1 MiB left, expected at least 64" in one_sentence(capsys.readouterr())
-
-
-def test_a_disk_that_fills_up_loses_nothing_that_was_saved(paths, tmp_path, capsys, monkeypatch):
-    write, calls = peft._write_whole, []
-
-    def write_whole(path, content):
-        calls.append(path)
-        if len(calls) > 2:  # the two files of the first save were the last that went in
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, content)
-
-    monkeypatch.setattr(peft, "_write_whole", write_whole)
-    assert main(arguments(paths, tmp_path / "run", save_every=5)) == 2
-    error = one_sentence(capsys.readouterr())
-    assert (
-        f"could not be written: {os.strerror(errno.ENOSPC)}; what was saved there before" in error
+def test_text_without_validation_or_test(files, tmp_path):
+    (tmp_path / "book.txt").write_text("\n\n".join("ab" * n for n in range(5, 60)))
+    options = {"task": "text", "too_long": "split", "labels": None, "prompt": None}
+    found = run(
+        files, tmp_path, data=tmp_path / "book.txt", **options, validation=0, test=0, steps=4
     )
+    assert found["test"] is None
+    assert found["best_step"] is None
+    assert found["training"]["tokens"] > 0
+
+
+def test_chats_with_the_model_s_template(files, tmp_path):
+    said = [
+        [{"role": "user", "content": w * 2}, {"role": "assistant", "content": w}]
+        for w in "abcdefghijklmnopqrstuvwxyz"
+    ]
+    data = write_lines(tmp_path / "chats.jsonl", [{"messages": messages} for messages in said])
+    options = {"task": "chat", "labels": None, "prompt": None, "validation": 0.2, "test": 0.2}
+    found = run(files, tmp_path, data=data, **options, steps=20)
+    assert found["test"]["after"]["nll"] < found["test"]["before"]["nll"]
+
+
+def test_labels_are_those_that_occur(files, tmp_path, capsys):
+    lines = [{"text": x * 4, "label": "xy"[n % 2]} for n, x in enumerate("abcdefgh" * 20)]
+    data = write_lines(
+        tmp_path / "data.jsonl", [{**x, "text": x["text"] + str(n)} for n, x in enumerate(lines)]
+    )
+    run(files, tmp_path, data=data, labels=None, steps=1, log="progress")
+    assert "Labels have several tokens" in capsys.readouterr().out  # a space and a letter
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["labels"] == ["x= x", "y= y"]
+
+
+def test_training_stops_early(files, tmp_path):
+    found = run(files, tmp_path, steps=60, evaluate_every=1, patience=2, learning_rate=0.1)
+    assert found["stopped"] == "patience"
+    assert found["steps"] == found["best_step"] + 2
+    assert found["steps"] < 60
+
+
+def test_everything_trains_that_may(files, tmp_path):
+    options = {"whole": ("norm/scale",), "rslora": True, "lora_plus_ratio": 4, "accumulate": 2}
+    options |= {"schedule": "linear", "weight_decay": 0.1, "label_smoothing": 0.1, "neftune": 5}
+    options |= {"remat": "nothing_saveable", "base": "bfloat16", "dtype": "bfloat16"}
+    options |= {"among_labels": False}
+    found = run(files, tmp_path, **options, pack=False, validation_examples=8, test_examples=9)
+    assert found["test"]["records"] == 9
+    assert "base_model.model.model.norm.weight" in weights(tmp_path / "run")
     assert all(np.isfinite(x).all() for x in weights(tmp_path / "run").values())
-    assert records(tmp_path / "run")[-1]["step"] == 10
-
-
-def test_a_loss_of_nan_keeps_the_last_good_adapter(paths, tmp_path, capsys):
-    assert main(arguments(paths, tmp_path / "run", learning_rate=1e38)) == 1
-    error = one_sentence(capsys.readouterr())
-    found = re.search(r"at step (\d+), .* the last good adapter is saved in", error)
-    lines = records(tmp_path / "run")
-    assert lines[-1]["step"] == int(found[1]) - 1
-    assert all(np.isfinite(line["loss"]) for line in lines if "step" in line)
-    assert all(np.isfinite(x).all() for x in weights(tmp_path / "run").values())
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_a_signal_ends_the_run_with_what_is_done_saved(paths, tmp_path, number):
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "lora_jax.cli"]
-    command += arguments(paths, out, steps=20_000, save_every=20_000)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            for line in process.stdout:
-                if line.startswith("evaluating"):
-                    break
-            while not (out / "metrics.jsonl").exists() or len(records(out)) < 4:
-                assert process.poll() is None
-            process.send_signal(number)
-            _, error = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 128 + number
-    found = re.fullmatch(
-        r"lora-jax finetune: interrupted; the adapter of step (\d+) is saved in (.*)\.\n", error
-    )
-    assert found, error
-    assert found[2] == str(out)
-    steps = [line["step"] for line in records(out) if "step" in line]
-    assert int(found[1]) in (steps[-1], steps[-1] + 1)  # it may come between a step and its record
-    assert all(np.isfinite(x).all() for x in weights(out).values())
-    lj.load_adapters(out / "checkpoint", jax.tree.map(np.asarray, read_gguf(paths[0]).params))
-
-
-def test_a_signal_before_training(paths, tmp_path, capsys, monkeypatch):
-    def interrupted(_):
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr("lora_jax.cli.finetune.load", interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    assert main(arguments(paths, tmp_path / "run")) == 130
-    assert "interrupted; nothing was trained yet" in one_sentence(capsys.readouterr())
-    assert signal.getsignal(signal.SIGINT) is before
+    jax.clear_caches()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from pathlib import Path
 
@@ -232,6 +233,32 @@ def test_metadata_are_kept_but_for_the_long_lists(tmp_path):
     assert "tokenizer.ggml.tokens" not in metadata
 
 
+def with_a_first_token(tensors, settings):
+    settings |= {"add_bos_token_id": 1, "add_add_bos_token": True, "add_chat_template": "{{ x }}"}
+
+
+def with_an_unused_first_token(tensors, settings):
+    settings |= {"add_bos_token_id": 1, "add_add_bos_token": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "special", "template"),
+    [
+        (None, (None, 2), None),
+        (with_a_first_token, (1, 2), "{{ x }}"),
+        (with_an_unused_first_token, (None, 2), None),
+    ],
+)
+def test_what_a_file_says_beside_its_weights(tmp_path, change, special, template):
+    path = write(tmp_path / "model.gguf", change=change).path
+    checkpoint = read_gguf(path)
+    assert checkpoint.special == special
+    assert checkpoint.stop == (2,)
+    assert checkpoint.chat_template == template
+    assert checkpoint.name == "model"
+    assert checkpoint.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def without_a_tensor(tensors, settings):
     del tensors["blk.1.ffn_gate.weight"]
 
@@ -276,11 +303,15 @@ def of_an_integer_kind(tensors, settings):
     ("change", "architecture", "sentence"),
     [
         (None, "qwen2", "architecture 'qwen2' in the GGUF metadata; only 'llama' can be read"),
-        (without_a_tensor, "llama", "1 tensors are missing, among them 'blk.1.ffn_gate.weight'"),
-        (with_frequencies, "llama", "there is no place for the tensor 'rope_freqs.weight'"),
-        (with_a_third_block, "llama", "no place for the tensor 'blk.2.attn_norm.weight'"),
-        (of_another_width, "llama", "'blk.0.ffn_gate.weight' is (32, 96) when read"),
-        (of_more_blocks, "llama", "9 tensors are missing"),
+        (without_a_tensor, "llama", "blk.1.ffn_gate.weight is missing"),
+        (with_frequencies, "llama", "rope_freqs.weight is without a place in this"),
+        (with_a_third_block, "llama", "blk.2.attn_norm.weight is without a place"),
+        (of_another_width, "llama", "blk.0.ffn_gate.weight ((96, 32), expected (128, 32))"),
+        (
+            of_more_blocks,
+            "llama",
+            "blk.2.attn_q.weight, blk.2.attn_k.weight and 6 more are missing",
+        ),
         (without_a_field, "llama", "the GGUF metadata lacks 'llama.embedding_length'"),
         (of_another_splitter, "llama", "pre-tokenizer 'llama-bpe'; only 'gpt2' with 'smollm'"),
         (without_merges, "llama", "the GGUF metadata lacks 'tokenizer.ggml.merges'"),

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.formats import sources
+from lora_jax.formats import cache as caching
+from lora_jax.formats import sources, wheels
 from lora_jax.formats.sources import SourceError, fetch
 
 CONTENT = bytes(range(256)) * 1_000
@@ -98,7 +99,7 @@ def test_a_local_path_passes_through(tmp_path, cache):
 @pytest.mark.parametrize("name", sorted(sources.ASSETS))
 def test_published_assets_are_whole_sources(name):
     asset = sources.ASSETS[name]
-    assert sources._Member.parse(asset.source).path.suffix in (".gguf", ".jsonl")
+    assert wheels._Member.parse(asset.source).path.suffix in (".gguf", ".jsonl")
     assert re.fullmatch(r"[0-9a-f]{64}", asset.sha256)
 
 
@@ -121,7 +122,10 @@ def damage(wheel: Path) -> None:
             None,
             "there is no file 'no-such-file.gguf'; write a local path",
         ),
-        ("hf:owner/name", None, None, "there is no file 'hf:owner/name'; write a local path"),
+        ("hf:name", None, None, "'hf:name' names no model on the hub; write hf:owner/name"),
+        ("hf:owner/name@a@b", None, None, "names no model on the hub"),
+        ("hf:owner/../name", None, None, "names no model on the hub"),
+        ("hf:owner/name", None, "0" * 64, "is a folder, which has no sha256"),
         (
             "pypi:made-up/file.bin",
             None,
@@ -171,7 +175,7 @@ def test_a_python_without_pip(cache, wheel, monkeypatch):
     # Without site-packages there is no pip; -S cannot be set from outside, so stand in for it.
     popen = subprocess.Popen
     monkeypatch.setattr(
-        sources.subprocess,
+        wheels.subprocess,
         "Popen",
         lambda command, **options: popen([sys.executable, "-S", *command[1:]], **options),
     )
@@ -191,16 +195,16 @@ def test_a_disk_that_fills_up(cache, wheel, monkeypatch):
     def fsync(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(sources.os, "fsync", fsync)
+    monkeypatch.setattr(wheels.os, "fsync", fsync)
     with pytest.raises(SourceError, match=f"{os.strerror(errno.ENOSPC)}; make room there"):
         fetch(SOURCE, progress=False)
     assert files(cache) == []
 
 
 def test_a_disk_that_fills_up_under_pip(cache, wheel):
-    member = sources._Member.parse(SOURCE)
+    member = wheels._Member.parse(SOURCE)
     log = f"ERROR: Could not install packages due to an OSError: {os.strerror(errno.ENOSPC)}"
-    assert "make room there" in str(sources._pip_error(member, log))
+    assert "make room there" in str(wheels._pip_error(member, log))
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, wheel, monkeypatch):
@@ -217,7 +221,7 @@ def test_ctrl_c_ends_pip_and_leaves_nothing(cache, wheel, monkeypatch):
         started.append(pip)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sources, "_watch", watch)
+    monkeypatch.setattr(wheels, "_watch", watch)
     with pytest.raises(KeyboardInterrupt, match=r"fetching made-up==1\.0; nothing of it was kept"):
         fetch(SOURCE, progress=False)
     assert started[0].returncode not in (None, 0)
@@ -238,5 +242,5 @@ def test_cache_folder(platform, variables, folder, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sources.sys, "platform", platform)
-    assert sources.cache_dir() == Path(folder)
+    monkeypatch.setattr(caching.sys, "platform", platform)
+    assert caching.cache_dir() == Path(folder)

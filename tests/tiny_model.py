@@ -15,6 +15,12 @@ CHARACTERS = [chr(code) for code in range(0x21, 0x7F)]  # stand for themselves i
 # Ġ and Ċ are the space and the line break; a file must have at least one merge.
 TOKENS = ["<|endoftext|>", *CHARACTERS, "Ġ", "Ċ", "!!"]
 
+EOS = 0
+TEMPLATE = (
+    "{% for message in messages %}@{{ message.role }}:{{ message.content }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}@assistant:{% endif %}"
+)
+
 CONFIG = DecoderConfig(
     vocab_size=len(TOKENS),
     dim=64,
@@ -40,8 +46,8 @@ NAMES = {
 }
 
 
-def write_model(path: Path) -> Path:
-    """Writes the model; its answers to any question are single characters."""
+def write_model(path: Path, template: str | None = TEMPLATE) -> Path:
+    """Writes the model, whose tokens are single characters, and its chat template if it has one."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(CONFIG.vocab_size)
@@ -57,6 +63,9 @@ def write_model(path: Path) -> Path:
     normal = [gguf.TokenType.NORMAL] * (len(TOKENS) - 1)
     writer.add_token_types([gguf.TokenType.CONTROL, *normal])
     writer.add_token_merges(["! !"])
+    writer.add_eos_token_id(EOS)
+    if template is not None:
+        writer.add_chat_template(template)
     for name, shape in traverse_util.flatten_dict(parameter_shapes(CONFIG), sep="/").items():
         layers = [""] if not name.startswith("layers/") else ["blk.0.", "blk.1."]
         for prefix in layers:

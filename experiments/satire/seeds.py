@@ -34,11 +34,12 @@ def main() -> None:
     (HERE / "results" / "seeds.json").write_text(json.dumps(results, indent=2) + "\n")
     for base, runs in results.items():
         for when in ("before", "after"):
-            accuracies = [100 * run["accuracy"][when] for run in runs]
+            scores = [run["test"][when] for run in runs]
+            accuracies = [100 * score["accuracy"] for score in scores]
             print(
                 f"{base} {when}: mean {statistics.mean(accuracies):.1f} %, "
                 f"least {min(accuracies):.1f} %, all {[round(x, 1) for x in accuracies]}, "
-                f"NLL {statistics.mean(run['nll'][when] for run in runs):.3f}"
+                f"NLL {statistics.mean(score['nll'] for score in scores):.3f}"
             )
 
 

@@ -26,8 +26,7 @@ import optax
 
 import lora_jax as lj
 from lora_jax import data, train
-from lora_jax.data import Prompt
-from lora_jax.formats.gguf import read_gguf
+from lora_jax.formats import Checkpoint, read_model
 from lora_jax.formats.sources import fetch
 from lora_jax.models.decoder import Decoder
 
@@ -37,16 +36,20 @@ LENGTH = 128  # tokens of a row
 EVALUATION_ROWS = 32
 
 PROMPTS = {
-    "satire?": Prompt("", "\nSatire?", (" no", " yes")),
-    "im_start": Prompt("<|im_start|>", "\nSatire?", (" no", " yes")),
-    "onion": Prompt("", " The Onion?", (" No", " Yes")),
-    "digits": Prompt("", "\n", ("0", "1")),
-    "this is": Prompt("", "\nThis is", (" real", " satire")),
-    "headline": Prompt("Headline: ", "\nThis is", (" real", " satire")),
-    "question first": Prompt("Is this headline satire? ", "\nAnswer:", (" No", " Yes")),
-    "short question first": Prompt("Satire? ", "\nAnswer:", (" No", " Yes")),
-    "lower case": Prompt("Is this satire? ", "\nAnswer:", (" no", " yes")),
-    "from the onion": Prompt("Is this from The Onion? ", "\nAnswer:", (" No", " Yes")),
+    "satire?": data.Classification("{text}\nSatire?", (" no", " yes")),
+    "im_start": data.Classification("<|im_start|>{text}\nSatire?", (" no", " yes")),
+    "onion": data.Classification("{text} The Onion?", (" No", " Yes")),
+    "digits": data.Classification("{text}\n", ("0", "1")),
+    "this is": data.Classification("{text}\nThis is", (" real", " satire")),
+    "headline": data.Classification("Headline: {text}\nThis is", (" real", " satire")),
+    "question first": data.Classification(
+        "Is this headline satire? {text}\nAnswer:", (" No", " Yes")
+    ),
+    "short question first": data.Classification("Satire? {text}\nAnswer:", (" No", " Yes")),
+    "lower case": data.Classification("Is this satire? {text}\nAnswer:", (" no", " yes")),
+    "from the onion": data.Classification(
+        "Is this from The Onion? {text}\nAnswer:", (" No", " Yes")
+    ),
 }
 QV, ATTENTION, VO, QVO = (rf"attn/[{x}]_proj/kernel" for x in ("qv", "qkvo", "vo", "qvo"))
 MLP, ALL = r"mlp/.*/kernel", r"layers/.*/kernel"
@@ -85,16 +88,16 @@ class Trial:
 
     def optimizer(self) -> optax.GradientTransformation:
         """At a learning rate of 1; Adam's updates are proportional to it."""
-        rise = max(1, round(self.warmup * self.steps))
-        shape = {"init_value": 0.0, "peak_value": 1.0, "warmup_steps": rise}
-        schedule = optax.warmup_cosine_decay_schedule(decay_steps=self.steps + 1, **shape)
-        if self.linear:
-            fall = optax.linear_schedule(1.0, 0.0, self.steps + 1 - rise)
-            schedule = optax.join_schedules([optax.linear_schedule(0.0, 1.0, rise), fall], [rise])
-        adamw = functools.partial(optax.adamw, b2=self.b2, weight_decay=0.0)
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            lj.lora_plus(adamw, schedule, ratio=self.lora_plus_ratio),
+        return train.make_optimizer(
+            train.OptimizerConfig(
+                self.steps,
+                learning_rate=1.0,
+                schedule="linear" if self.linear else "cosine",
+                warmup=self.warmup,
+                clip=self.clip,
+                lora_plus_ratio=self.lora_plus_ratio,
+                b2=self.b2,
+            )
         )
 
 
@@ -157,40 +160,42 @@ SECOND_ROUND = [
 class Study:
     """What all trials share."""
 
-    model: Decoder
+    checkpoint: Checkpoint
     base: Any
-    tokenizer: Any
-    training: list[data.Example]
-    validation: list[data.Example]
+    training: list[data.Record]
+    validation: list[data.Record]
 
     @classmethod
     def load(cls) -> Study:
         """Reads the default model and data."""
-        checkpoint = read_gguf(fetch("smollm2-135m-instruct"))
-        splits = data.split_examples(data.read_examples(fetch("satire-headlines")))
-        base = lj.quantize(checkpoint.params, r"layers/.*/kernel", layout="b i o")
-        return cls(
-            Decoder(checkpoint.config),
-            jax.device_put(base),
-            checkpoint.tokenizer,
-            splits.train[:POOL],
-            splits.validation,
+        checkpoint = read_model("smollm2-135m-instruct")
+        splits = data.split_records(
+            data.read_records(fetch("satire-headlines")),
+            PROMPTS["satire?"].key_of,
+            one_per_key=True,
         )
+        base = lj.quantize(checkpoint.params, r"layers/.*/kernel", layout="b i o")
+        return cls(checkpoint, jax.device_put(base), splits.train[:POOL], splits.validation)
+
+    @property
+    def model(self) -> Decoder:
+        """The decoder."""
+        return Decoder(self.checkpoint.config)
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """Trains every learning rate from every seed at once; validation accuracy and NLL."""
-        prompt = PROMPTS[trial.prompt]
-        answers = prompt.answer_tokens(self.tokenizer)
-        loss = lj.adapt(train.answer_loss(self.model, answers))
-        tx = trial.optimizer()
+        task, tx = PROMPTS[trial.prompt], trial.optimizer()
+        special = data.SpecialTokens(*self.checkpoint.special)
+        labels = task.label_tokens(self.checkpoint.tokenizer, special)
+        loss = train.next_token_loss(self.model, among=[token for [token] in labels])
         runs = list(itertools.product(trial.learning_rates, SEEDS))
-        rule = lj.LoraRule(trial.targets, rank=8, alpha=16.0)
+        rule = lj.LoraRule(trial.targets, rank=8, alpha=16.0, layout="b i o")
         starts = [
             lj.init_adapters(jax.random.key(seed), self.base, [rule], train=trial.whole)
             for _, seed in runs
         ]
         adapters = jax.tree.map(lambda *x: jnp.stack(x), *starts)  # [runs, ...]
-        batches, seen = self.batches(trial, prompt)  # [steps, seeds, ...]
+        batches, seen = self.batches(trial, task)  # [steps, seeds, ...]
         rates = jnp.array([rate for rate, _ in runs])
         seeds = jnp.array([SEEDS.index(seed) for _, seed in runs])
 
@@ -198,9 +203,7 @@ class Study:
         def fit(adapters: Any, opt_state: Any, base: Any, batches: Any) -> Any:
             def one(adapters: Any, opt_state: Any, rate: Any, seed: Any, of_seeds: Any) -> Any:
                 batch = jax.tree.map(lambda x: x[seed], of_seeds)
-                grads, _ = jax.grad(
-                    lambda adapters: loss(lj.combine(base, adapters), batch), has_aux=True
-                )(adapters)
+                grads, _ = jax.grad(loss, has_aux=True)(adapters, base, batch, None)
                 updates, opt_state = tx.update(grads, opt_state, adapters)
                 updates = jax.tree.map(lambda u: rate * u, updates)
                 return optax.apply_updates(adapters, updates), opt_state
@@ -212,10 +215,12 @@ class Study:
             return jax.lax.scan(step, (adapters, opt_state), batches)[0][0]
 
         adapters = fit(adapters, jax.vmap(tx.init)(adapters), self.base, batches)
-        accuracy, nll = self.score(adapters, prompt, answers)
-        each = zip(
-            trial.learning_rates, *(x.reshape(-1, len(SEEDS)) for x in (accuracy, nll)), strict=True
-        )
+        scores = [
+            self.score(jax.tree.map(lambda x: x[k], adapters), task)  # noqa: B023
+            for k in range(len(runs))
+        ]
+        accuracy, nll = np.array(scores).T.reshape(2, -1, len(SEEDS))  # [rates, seeds] each
+        each = zip(trial.learning_rates, accuracy, nll, strict=True)
         return {
             **dataclasses.asdict(trial),
             "headlines": seen,
@@ -225,38 +230,41 @@ class Study:
             ],
         }
 
-    def batches(self, trial: Trial, prompt: Prompt) -> tuple[Any, float]:
+    def encoded(self, task: data.Task, records: list[data.Record]) -> list[data.Encoded]:
+        """Headlines as tokens."""
+        special = data.SpecialTokens(*self.checkpoint.special)
+        return data.encode_all(
+            task, records, self.checkpoint.tokenizer, special, max_length=LENGTH
+        ).sequences
+
+    def batches(self, trial: Trial, task: data.Task) -> tuple[Any, float]:
         """Batches [steps, seeds, ...], and the number of headlines in a run."""
-        sequences = prompt.encode(self.tokenizer, self.training, LENGTH)
-        labels = [example.label for example in self.training]
+        sequences = self.encoded(task, self.training)
         stack = lambda trees: jax.tree.map(lambda *x: np.stack(x), *trees)  # noqa: E731
         of_seeds = []
         for seed in SEEDS:
-            order = data.shuffled(len(sequences), seed)
-            packed = data.pack(sequences, labels, order, rows=trial.rows, length=LENGTH)
+            packed = data.training_batches(sequences, rows=trial.rows, length=LENGTH, seed=seed)
             of_seeds.append(stack(itertools.islice(packed, trial.steps)))
         batches = jax.tree.map(lambda x: np.moveaxis(x, 0, 1), stack(of_seeds))
-        return jax.device_put(batches), float(batches.weight.sum() / len(SEEDS))
+        seen = batches.segment_ids.max(-1).sum() / len(SEEDS)
+        return jax.device_put(batches), float(seen)
 
-    def score(self, adapters: Any, prompt: Prompt, answers: np.ndarray) -> Any:
-        """Accuracy and NLL on validation, [runs] each."""
-        logits_of = lj.adapt(train.answer_logits(self.model, answers))
-
-        @jax.jit
-        def score(adapters: Any, base: Any, batch: Any) -> Any:
-            one = lambda adapters: logits_of(lj.combine(base, adapters), batch)  # noqa: E731
-            return jax.nn.log_softmax(jax.vmap(one)(adapters))  # [runs, N, C]
-
-        sequences = prompt.encode(self.tokenizer, self.validation, LENGTH)
-        labels = [example.label for example in self.validation]
-        order = range(len(sequences))
-        right, nll = 0.0, 0.0
-        for batch in data.pack(sequences, labels, order, rows=EVALUATION_ROWS, length=LENGTH):
-            table = np.asarray(score(adapters, self.base, batch))[:, batch.weight > 0]
-            label = batch.label[batch.weight > 0]
-            right += (table.argmax(-1) == label).sum(-1)
-            nll -= np.take_along_axis(table, label[None, :, None], -1).sum((1, 2))
-        return right / len(labels), nll / len(labels)
+    def score(self, adapters: Any, task: data.Classification) -> tuple[float, float]:
+        """Accuracy and NLL of one run on validation."""
+        special = data.SpecialTokens(*self.checkpoint.special)
+        sequences = self.encoded(task, self.validation)
+        table = train.label_likelihoods(
+            self.model,
+            self.base,
+            adapters,
+            [one.prompt for one in sequences],
+            task.label_tokens(self.checkpoint.tokenizer, special),
+            rows=EVALUATION_ROWS,
+        )  # [headlines, 2]
+        table -= np.logaddexp.reduce(table, axis=-1, keepdims=True)
+        truth = np.array([task.label_of(self.validation[one.record]) for one in sequences])
+        nll = -table[np.arange(len(truth)), truth].mean()
+        return float(np.mean(table.argmax(-1) == truth)), float(nll)
 
 
 def main() -> None:

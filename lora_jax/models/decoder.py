@@ -121,16 +121,42 @@ class Decoder(nn.Module):
         """
         return self.unembed(self.hidden(tokens, positions, segment_ids))
 
+    def embeddings(self, tokens: jax.Array) -> jax.Array:
+        """What the first layer is given of tokens [B, T]: [B, T, D], in the activations' dtype."""
+        return self.embed(tokens)
+
     def hidden(
         self,
         tokens: jax.Array,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        *,
+        embeddings: jax.Array | None = None,
     ) -> jax.Array:
-        """Normed hidden states [B, T, D], arguments as in `__call__`.
+        """Normed hidden states, of which `unembed` makes the logits.
 
-        A loss on few positions takes the logits of those alone from `unembed`.
+        A loss on few positions takes the logits of those alone.
+
+        Args:
+          tokens: Integers [B, T].
+          positions: As in `__call__`.
+          segment_ids: As in `__call__`.
+          embeddings: [B, T, D], to be read in place of the tokens' own; made of those by a method
+            that adds noise to them, or learned.
+
+        Returns:
+          [B, T, D].
+
+        Raises:
+          ValueError: If the embeddings are not one for each token.
         """
+        if embeddings is None:
+            embeddings = self.embeddings(tokens)
+        elif embeddings.shape != (expected := (*tokens.shape, self.config.dim)):
+            raise ValueError(
+                f"embeddings are {embeddings.shape} for tokens {tokens.shape}; "
+                f"expected {expected}, one of width {self.config.dim} for each token."
+            )
         mask = None  # tells the attention kernel that the mask is no other than the causal one
         if positions is not None or segment_ids is not None:
             positions, segment_ids = _ids(tokens, positions, segment_ids)
@@ -138,7 +164,7 @@ class Decoder(nn.Module):
         else:
             positions = jnp.arange(tokens.shape[1])[None]
         context = Context(*rotary(positions, self.config), mask)
-        return self._run(Carry(self.embed(tokens), None), context).x
+        return self._run(Carry(embeddings.astype(self.config.dtype), None), context).x
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 [..., V] of hidden states [..., D]."""
@@ -153,6 +179,8 @@ class Decoder(nn.Module):
         cache: KVCache,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Hidden states of tokens that follow those in the cache: a prompt, or one token a step.
 
@@ -162,18 +190,27 @@ class Decoder(nn.Module):
             left: `cache.length` is traced, so that an overflow cannot be reported from here.
           positions: Integers [B, T]; by default they count on from `cache.length`.
           segment_ids: Integers [B, T]; by default all 1.
+          mask: Booleans [B, T, S], the slots that each token sees, these tokens' own among them; by
+            default those of its segment that are not later. So a tree of tokens, several
+            continuations of one prompt, can be read at once.
 
         Returns:
           The hidden states [B, T, D], and the cache with these tokens in it.
 
         Raises:
-          ValueError: If T alone is more than the cache holds.
+          ValueError: If T alone is more than the cache holds, or the mask is of another shape.
         """
         batch, length = tokens.shape
-        if length > cache.positions.shape[1]:
+        slots = cache.positions.shape[1]
+        if length > slots:
             raise ValueError(
-                f"{length} tokens do not fit into a cache of {cache.positions.shape[1]} slots; "
+                f"{length} tokens do not fit into a cache of {slots} slots; "
                 f"write init_cache(config, {batch}, length) with length >= {length}."
+            )
+        if mask is not None and mask.shape != (batch, length, slots):
+            raise ValueError(
+                f"the mask is {mask.shape}; expected {(batch, length, slots)}, "
+                "a boolean for each token and slot of the cache."
             )
         if positions is None:
             positions = cache.length + jnp.arange(length)
@@ -183,9 +220,12 @@ class Decoder(nn.Module):
             positions=jax.lax.dynamic_update_slice(cache.positions, positions, corner),
             segment_ids=jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, corner),
         )
-        mask = visible(positions, segment_ids, cache.positions, cache.segment_ids)
+        if mask is None:
+            mask = visible(positions, segment_ids, cache.positions, cache.segment_ids)
+        else:
+            mask = mask[:, None]  # the same for all heads
         context = Context(*rotary(positions, self.config), mask)
-        x, filled = self._run(Carry(self.embed(tokens), cache), context)
+        x, filled = self._run(Carry(self.embeddings(tokens), cache), context)
         assert filled is not None  # a cache went in
         return x, filled._replace(length=cache.length + length)
 

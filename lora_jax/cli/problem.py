@@ -1,0 +1,280 @@
+"""From options to what is computed with: a model, a task, and records as the model reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import data
+from lora_jax.checkpoint import load_adapters
+from lora_jax.cli.failures import CliError, sentences
+from lora_jax.cli.options import DataOptions, ModelOptions
+from lora_jax.core.tree import quantize
+from lora_jax.data import templates
+from lora_jax.formats import Checkpoint, read_model
+from lora_jax.formats.sources import SourceError, fetch
+from lora_jax.models.decoder import Decoder
+
+KERNELS = r"layers/.*/kernel"  # what is stored in 4 bits
+LAYOUT = "b i o"  # theirs: layers are scanned, and come first
+
+# What the published models are called where PEFT looks for them.
+HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+class Model(NamedTuple):
+    """A model as it is run.
+
+    Attributes:
+      decoder: the module.
+      base: its frozen parameters.
+      checkpoint: where they came from; without its own parameters.
+      hub_name: what others call it.
+    """
+
+    decoder: Decoder
+    base: Any
+    checkpoint: Checkpoint
+    hub_name: str
+
+    @property
+    def tokenizer(self) -> Any:
+        """Text to token ids and back."""
+        return self.checkpoint.tokenizer
+
+    @property
+    def special(self) -> data.SpecialTokens:
+        """The tokens around a text."""
+        return data.SpecialTokens(*self.checkpoint.special)
+
+
+def load_model(options: ModelOptions) -> Model:
+    """Fetches, reads and quantizes.
+
+    Raises:
+      CliError: if there is no such model, or it cannot be read.
+    """
+    with sentences(SourceError, ValueError, OSError):
+        half = options.base == "bfloat16"
+        checkpoint = read_model(options.model, dtype=jnp.bfloat16 if half else jnp.float32)
+        base = checkpoint.params
+        if options.base not in ("float32", "bfloat16"):
+            base = quantize(base, KERNELS, kind=options.base, layout=LAYOUT)
+        base = jax.device_put(base)
+    config = dataclasses.replace(
+        checkpoint.config,
+        dtype=jnp.dtype(options.dtype),
+        remat=None if options.remat == "none" else options.remat,
+    )
+    return Model(
+        Decoder(config),
+        base,
+        dataclasses.replace(checkpoint, params={}),
+        HUB_NAMES.get(options.model, checkpoint.name),
+    )
+
+
+def load_adapter(path: Path, base: Any) -> Any:
+    """The adapter of a run, or one that `lj.save_adapters` saved.
+
+    Raises:
+      CliError: if there is none, or it belongs to another model.
+    """
+    folder = path / "checkpoint" if (path / "config.json").is_file() else path
+    if folder != path and not folder.is_dir():
+        raise CliError(
+            f"{path} has no adapter yet; write lora-jax finetune --resume {path} to go on with it."
+        )
+    with sentences(ValueError, OSError):
+        return load_adapters(folder, base)
+
+
+def read(source: str) -> list[data.Record]:
+    """The records of a source.
+
+    Raises:
+      CliError: if there is none, or a record cannot be read; the sentence names file and line.
+    """
+    with sentences(SourceError, ValueError, OSError):
+        return data.read_records(fetch(source))
+
+
+def with_labels(options: DataOptions, records: Sequence[data.Record]) -> DataOptions:
+    """The options with the labels that occur, if they are of a classification and name none.
+
+    Raises:
+      CliError: if a record has no such column.
+    """
+    if options.task != "classification" or options.labels:
+        return options
+    with sentences(ValueError):
+        values = {str(templates.value(record, options.label)) for record in records}
+    labels = tuple(f"{value}= {value}" for value in sorted(values))
+    return dataclasses.replace(options, labels=labels)
+
+
+def make_task(options: DataOptions, template: str | None) -> data.Task:
+    """The task that the options describe.
+
+    Args:
+      options: the data's, with labels.
+      template: the model's own for chats.
+
+    Raises:
+      CliError: if it is a chat, and the model has no template; or a template is malformed.
+    """
+    with sentences(ValueError):
+        match options.task:
+            case "classification":
+                pairs = [label.partition("=") for label in options.labels]
+                named = all(equals for _, equals, _ in pairs)
+                labels = {value: text for value, _, text in pairs} if named else options.labels
+                return data.Classification(options.prompt, labels, options.label)
+            case "completion":
+                return data.Completion(options.prompt, options.completion)
+            case "text":
+                return data.Text(options.text)
+    if template is None:
+        raise CliError(
+            "the model has no chat template, so no chat can be written for it; write "
+            "--task completion, or take a model that was made for chats."
+        )
+    return data.Chat(template, options.messages)
+
+
+class Split(NamedTuple):
+    """Records, and those of them that a model reads.
+
+    Attributes:
+      records: all of them.
+      encoded: as tokens; each knows the number of its record.
+    """
+
+    records: Sequence[data.Record]
+    encoded: data.EncodedSet
+
+    @property
+    def sequences(self) -> Sequence[data.Encoded]:
+        """The encoded ones."""
+        return self.encoded.sequences
+
+    def numbers(self) -> dict[str, int]:
+        """What became of the records."""
+        names = ("tokens", "learned", "truncated", "dropped", "empty")
+        counts = {name: getattr(self.encoded, name) for name in names}
+        return {"records": len(self.records), "sequences": len(self.sequences), **counts}
+
+    def first(self, number: int | None) -> Split:
+        """A prefix, which is a random sample if records are in the order of a hash."""
+        return Split(
+            self.records,
+            dataclasses.replace(self.encoded, sequences=self.encoded.sequences[:number]),
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of tokens and weights: the same for what is the same to a model."""
+        digest = hashlib.sha256()
+        for one in self.sequences:
+            digest.update(one.tokens.tobytes() + one.weights.tobytes())
+        return digest.hexdigest()
+
+
+class Data(NamedTuple):
+    """Records by what they are for.
+
+    Attributes:
+      options: as given, with the labels that were found.
+      task: what is learned.
+      train: what is learned from.
+      validation, test: what is held out; None if nothing is to be.
+    """
+
+    options: DataOptions
+    task: data.Task
+    train: Split
+    validation: Split | None
+    test: Split | None
+
+
+def load_data(
+    options: DataOptions,
+    model: Model,
+    *,
+    most: tuple[int | None, int | None] = (None, None),
+) -> Data:
+    """Reads, splits and tokenizes.
+
+    Args:
+      options: the data's.
+      model: that will read them.
+      most: records of validation and of test.
+
+    Raises:
+      CliError: if something cannot be read, or there is nothing for one of the splits.
+    """
+    records = read(options.data)
+    options = with_labels(options, records)
+    task = make_task(options, model.checkpoint.chat_template)
+    files = (options.validation_data, options.test_data)
+    wanted = (options.validation, options.test)
+    shares = [0.0 if file else share for file, share in zip(files, wanted, strict=True)]
+    with sentences(ValueError):
+        train, *parts = data.split_records(
+            records,
+            task.key_of,
+            validation=shares[0],
+            test=shares[1],
+            one_per_key=options.task == "classification",
+        )
+    held_out: dict[str, Split | None] = {"validation": None, "test": None}
+    for name, part, file, share, limit in zip(held_out, parts, files, shares, most, strict=True):
+        if file or share:
+            found = read(file) if file else part
+            if not found:
+                raise CliError(
+                    f"{options.data} has {len(records):,} records, of which the {name} split would "
+                    f"have none at a share of {share:g}; write a larger --{name}, --{name} 0 for "
+                    f"none, or --{name}-data with a file."
+                )
+            held_out[name] = encode(options, task, found[:limit], model, name)
+    if not train:
+        raise CliError(
+            f"{options.data} has {len(records):,} records, of which none is left to train on; "
+            "write a file with more, or smaller shares for --validation and --test."
+        )
+    return Data(options, task, encode(options, task, train, model, "training"), **held_out)
+
+
+def encode(
+    options: DataOptions,
+    task: data.Task,
+    records: Sequence[data.Record],
+    model: Model,
+    what: str,
+) -> Split:
+    """Tokenizes records.
+
+    Raises:
+      CliError: if one has no such column, or is too long where that is an error, or none is left.
+    """
+    with sentences(ValueError):
+        encoded = data.encode_all(
+            task,
+            records,
+            model.tokenizer,
+            model.special,
+            max_length=options.length,
+            too_long=options.too_long,
+        )
+    if not encoded.sequences:
+        raise CliError(
+            f"no record is left for {what} ({encoded}); write a longer --length, or "
+            "--too-long truncate."
+        )
+    return Split(records, encoded)

@@ -1,0 +1,215 @@
+"""Records, the rows of a file, whatever the format: JSON lines, JSON, CSV, Parquet, plain text.
+
+A record remembers where it stood, so that whoever finds fault with it later can name the line.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Record(NamedTuple):
+    """One row of a file.
+
+    Attributes:
+      fields: the values by the names of their columns.
+      where: file and line, `train.jsonl:17`; in files without lines the number from 0,
+        `train.parquet[16]`. For messages.
+    """
+
+    fields: Mapping[str, Any]
+    where: str
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """Reads a file of records; the suffix says the format, and `.gz` may follow it.
+
+    `.jsonl`    an object a line.
+    `.json`     a list of objects, or an object a line.
+    `.csv`      a header and rows, comma-separated; `.tsv` likewise with tabs. Values are texts.
+    `.parquet`  a row a record.
+    `.txt`      a document a paragraph, as the field `text`; blank lines stand between paragraphs.
+
+    A sample of OpenAI's evals (`input`, a list of messages, and `ideal`) gets the fields `text`,
+    its last message, and `label` as well.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The records in the order of the file; at least one.
+
+    Raises:
+      FileNotFoundError: if there is no file.
+      ValueError: if the format is not one of these, a line is malformed (named by its number), or
+        there is no record at all.
+    """
+    path = Path(path)
+    kind = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    if kind not in _READERS:
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}, expected one of {', '.join(_READERS)}, "
+            "or one of these and .gz; convert the file or give it the name of what it is"
+        )
+    records = list(_READERS[kind](path))
+    if not records:
+        raise ValueError(f"{path} holds no records, expected at least one")
+    return records
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines with their numbers, from 1; a file that is not text is an error here."""
+    number = 0
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                # Spreadsheets put a mark in front of the first line that is no part of the text.
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}:{number}: byte {error.start} is not UTF-8; convert the file, for instance "
+                "with iconv -f latin1 -t utf-8"
+            ) from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"{path} is a damaged gzip file behind line {number} ({error}); fetch it again"
+            ) from None
+
+
+def _read_json_lines(path: Path) -> Iterator[Record]:
+    for number, line in _lines(path):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{where}: not JSON ({error.msg} at column {error.colno}); "
+                    'expected an object a line, {"column": value, ...}'
+                ) from None
+            yield _record(value, where, line)
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    text = "".join(line for _, line in _lines(path))
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # a whole value and then another one
+            yield from _read_json_lines(path)
+            return
+        raise ValueError(
+            f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})"
+        ) from None
+    if not isinstance(values, list):
+        keys = f" with the keys {_listed(values)}" if isinstance(values, dict) else ""
+        raise ValueError(
+            f"{path} holds {_kind(values)}{keys}, expected a list of objects; "
+            "write one object a line to a .jsonl file"
+        )
+    for index, value in enumerate(values):
+        yield _record(value, f"{path}[{index}]", text)
+
+
+def _record(value: Any, where: str, source: str) -> Record:
+    """A record of a JSON value, `source` being the text that it is from."""
+    if not isinstance(value, dict):
+        raise ValueError(f'{where}: {_kind(value)}, expected an object, {{"column": value, ...}}')
+    if "\\u" in source:  # texts cut in the middle of an emoji are common, and no text to others
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(
+                f"{where}: {half!r} is half a character; remove it or write the whole one"
+            ) from None
+    match value:
+        case {"input": [*_, {"content": text}], "ideal": label} if "text" not in value:
+            value = {**value, "text": text, "label": label}
+    return Record(value, where)
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    return kinds.get(type(value), f"the value {value}")
+
+
+def _listed(names: Mapping[str, Any], most: int = 5) -> str:
+    return ", ".join([*map(str, list(names)[:most]), *(["..."] if len(names) > most else [])])
+
+
+def _read_separated(path: Path, delimiter: str) -> Iterator[Record]:
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    start = 1  # a quoted value may run over several lines: a row is called by its first
+    try:
+        for row in reader:
+            where, start = f"{path}:{start}", reader.line_num + 1
+            if not row:  # a blank line
+                continue
+            if header is None:
+                header = row
+                if len(set(header)) < len(header):
+                    raise ValueError(f"{where}: two columns have the same name, in {header}")
+            elif len(row) != len(header):
+                raise ValueError(
+                    f"{where}: {len(row)} values, expected {len(header)}, one for each column of "
+                    f"the header ({', '.join(header)}); put quotes around values with a "
+                    f"{delimiter!r} in them"
+                )
+            else:
+                yield Record(dict(zip(header, row, strict=True)), where)
+    except csv.Error as error:
+        raise ValueError(f"{path}:{start}: malformed row ({error})") from None
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    return _read_separated(path, ",")
+
+
+def _read_tsv(path: Path) -> Iterator[Record]:
+    return _read_separated(path, "\t")
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        # In one go: the encoded texts are held in memory later on anyhow.
+        rows = parquet.read_table(path).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file ({error})") from None
+    for index, row in enumerate(rows):
+        yield Record(row, f"{path}[{index}]")
+
+
+def _read_paragraphs(path: Path) -> Iterator[Record]:
+    paragraph: list[str] = []
+    start = 0
+    for number, line in _lines(path):
+        if line.strip():
+            start = start if paragraph else number
+            paragraph.append(line)
+        elif paragraph:
+            yield Record({"text": "".join(paragraph).strip()}, f"{path}:{start}")
+            paragraph = []
+    if paragraph:
+        yield Record({"text": "".join(paragraph).strip()}, f"{path}:{start}")
+
+
+_READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".txt": _read_paragraphs,
+}

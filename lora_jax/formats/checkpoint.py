@@ -1,0 +1,204 @@
+"""A published model, whatever the files it came in, and the way its tensors find their places.
+
+Formats agree on more than they admit: a model is a list of named tensors, kernels are `[out, in]`,
+and every layer calls its own by the same names. A reader therefore says how its format calls them
+(`Naming`) and hands them over unread (`Tensor`); `assemble` compares the names and shapes with
+those that the decoder asks for, and then reads one tensor at a time.
+
+Shapes: V vocabulary, D model width, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lora_jax.models.decoder import DecoderConfig, parameter_shapes, unstack_layers
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_LISTED = 3  # names that an error lists of those that are wrong
+
+
+class SpecialTokens(NamedTuple):
+    """The tokens around a text, which no text contains; None for one that the model does without.
+
+    Attributes:
+      bos: Begins every sequence.
+      eos: Ends what the model writes.
+    """
+
+    bos: int | None
+    eos: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model as it was published.
+
+    Attributes:
+      config: The decoder to run it with.
+      params: Its parameters, NumPy arrays in the tree of `lora_jax.models.decoder`.
+      tokenizer: Text to token ids and back. What it adds by itself is left to its caller: write
+        `encode(text, add_special_tokens=False)`, and `special.bos` in front.
+      special: The tokens that begin and end a sequence.
+      stop: Every token that ends what the model writes, `special.eos` among them.
+      chat_template: A Jinja template that makes a prompt of messages, if the model has one.
+      name: What the model is called: `owner/name` on the hub, else its file or folder.
+      digest: SHA-256 of the weights' file in hexadecimal; of several, that of their digests.
+      metadata: What else the files say: a GGUF file's pairs by their keys (`general.license`, ...),
+        or the content of a folder's JSON files by their names (`config.json`, ...).
+    """
+
+    config: DecoderConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    special: SpecialTokens
+    stop: tuple[int, ...]
+    chat_template: str | None
+    name: str
+    digest: str
+    metadata: Mapping[str, Any]
+
+
+class Place(NamedTuple):
+    """Where a tensor belongs in the tree of the scanned decoder.
+
+    Attributes:
+      path: Of the leaf, such as `layers/attn/q_proj/kernel`.
+      layer: Index on the leaf's leading axis, None for what is not in a layer.
+    """
+
+    path: str
+    layer: int | None = None
+
+    def shape(self, params: Any) -> tuple[int, ...]:
+        """The shape that the tensor is stored in: kernels as [out, in], all else as it is."""
+        leaf = _at(params, self.path)
+        shape = leaf.shape if self.layer is None else leaf.shape[1:]
+        return shape[::-1] if self.path.endswith("/kernel") else shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """How a format calls the tensors of a decoder.
+
+    Attributes:
+      whole: A path for each name.
+      layered: The same for the tensors of a layer, whose number stands in the name as `{}`.
+    """
+
+    whole: Mapping[str, str]
+    layered: Mapping[str, str]
+
+    def places(self, config: DecoderConfig) -> dict[str, Place]:
+        """Every tensor that the decoder needs, and where it belongs."""
+        found = {name: Place(path) for name, path in self.whole.items()}
+        for layer in range(config.num_layers):
+            found |= {name.format(layer): Place(p, layer) for name, p in self.layered.items()}
+        if config.tied_head:
+            return {name: place for name, place in found.items() if place.path != "lm_head/kernel"}
+        return found
+
+
+class Tensor(NamedTuple):
+    """A tensor of a file, not read yet.
+
+    Attributes:
+      name: By the file's own naming.
+      shape: In which it is stored: a kernel is [out, in], an embedding [V, D], a norm [D].
+      read: Returns its values in that shape, in any dtype that casts to the parameters'.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def assemble(
+    config: DecoderConfig, naming: Naming, tensors: Sequence[Tensor], *, scan_layers: bool
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Reads the tensors one by one, each into its place.
+
+    So memory holds the parameters and one tensor, which may be of any size on disk.
+
+    Args:
+      config: The decoder that the files describe; `param_dtype` is what is read into.
+      naming: What the tensors are called.
+      tensors: All of them, in the order of the file.
+      scan_layers: Whether the parameters are to be those of scanned layers.
+
+    Returns:
+      The config with `scan_layers`, and the parameters, NumPy arrays.
+
+    Raises:
+      ValueError: If tensors are missing, doubled, of another shape, or not the decoder's; nothing
+        is read then.
+    """
+    # Stacked in any case: separate layers are then views of the stack.
+    config = dataclasses.replace(config, scan_layers=True)
+    shapes, places = parameter_shapes(config), naming.places(config)
+    _compare({name: place.shape(shapes) for name, place in places.items()}, tensors)
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+    for tensor in tensors:
+        path, layer = places[tensor.name]
+        target = _at(params, path)
+        values = tensor.read()
+        target[() if layer is None else layer] = values.T if path.endswith("/kernel") else values
+    if scan_layers:
+        return config, params
+    return dataclasses.replace(config, scan_layers=False), unstack_layers(params)
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of a file in hexadecimal; of several, that of a list of their names and digests."""
+    digests = {}
+    for path in paths:
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _at(tree: Any, path: str) -> Any:
+    return functools.reduce(operator.getitem, path.split("/"), tree)
+
+
+def _compare(expected: Mapping[str, tuple[int, ...]], tensors: Sequence[Tensor]) -> None:
+    """Every tensor once, in the shape that the decoder asks for, and no other."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    names = [tensor.name for tensor in tensors]
+    wrong = {
+        "missing": [name for name in expected if name not in shapes],
+        "without a place in this decoder": [name for name in shapes if name not in expected],
+        "more than once in the files": [name for name in shapes if names.count(name) > 1]
+        if len(shapes) < len(names)
+        else [],
+        "of another shape": [
+            f"{name} ({shape}, expected {expected[name]})"
+            for name, shape in shapes.items()
+            if shape != expected.get(name, shape)
+        ],
+    }
+    if found := [f"{_some(names)} {what}" for what, names in wrong.items() if names]:
+        raise ValueError(
+            f"the tensors are not those of the model that the metadata describe: {'; '.join(found)}"
+        )
+
+
+def _some(names: Collection[str]) -> str:
+    """Up to three names, and how many more there are."""
+    listed = ", ".join(list(names)[:_LISTED])
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{listed}{more} {'is' if len(names) == 1 else 'are'}"
