@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 
-.PHONY: finetune test interop notebooks lint format clean
+.PHONY: finetune test interop notebooks docs lint format clean
 
 finetune: $(VENV)/.installed-run
 	$(BIN)/lora-jax finetune $(ARGS)
@@ -26,6 +26,10 @@ interop: $(VENV)/.installed-interop $(VENV)/.installed-tpu
 notebooks: $(VENV)/.installed-notebooks
 	$(PY) notebooks/run.py $(ARGS)
 
+# The variable silences a notice of the theme about itself.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -36,7 +40,7 @@ format: $(VENV)/.installed-dev
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only after its step succeeded, so that an interrupted one is repeated.
