@@ -226,6 +226,11 @@ def of_mixed_kinds(tensors, settings):
     tensors |= rest
 
 
+def with_a_dense_layer(tensors, settings):
+    data, kind = tensors["blk.1.ffn_down.weight"]
+    tensors["blk.1.ffn_down.weight"] = gguf.dequantize(data, kind), None
+
+
 def without_packed_kernels(tensors, settings):
     for name, (data, kind) in tensors.items():
         if kind == Kind.Q4_1:
@@ -239,10 +244,14 @@ def without_packed_kernels(tensors, settings):
         (None, jnp.bfloat16, False),
         (of_q4_0, np.float32, True),
         (of_mixed_kinds, np.float32, False),
+        (of_mixed_kinds, np.float32, True),
     ],
 )
 def test_packed_kernels_are_those_that_are_read_otherwise(tmp_path, change, dtype, scan_layers):
-    """Bit for bit; and the gguf package decodes what is read otherwise."""
+    """Bit for bit; and the gguf package decodes what is read otherwise.
+
+    Stacked layers of both kinds are all in Q4_1, and lose the sign of Q4_0's zeros.
+    """
     path = write(tmp_path / "model.gguf", tied=False, change=change).path
     dense, packed = (
         read_gguf(path, dtype=dtype, scan_layers=scan_layers, packed=packed)
@@ -255,12 +264,13 @@ def test_packed_kernels_are_those_that_are_read_otherwise(tmp_path, change, dtyp
         if not name.endswith("/kernel") or "up_proj" in name:  # which the file has in 16 bits
             assert isinstance(leaf, np.ndarray)
         else:
-            second = "layers_1" in name or name.startswith("layers/")
-            in_q4_0 = change is of_q4_0 or (change is of_mixed_kinds and second)
+            in_q4_0 = change is of_q4_0 or (change is of_mixed_kinds and "layers_1" in name)
             assert leaf.kind == ("q4_0" if in_q4_0 else "q4_1")
             assert 8 * leaf.nbytes / leaf.size == (4.5 if in_q4_0 else 5.0)
             leaf = np.asarray(lj.dequantize(leaf))
         assert (leaf.dtype, leaf.shape) == (values.dtype, values.shape)
+        if change is of_mixed_kinds and scan_layers:
+            leaf, values = leaf + 0.0, values + 0.0  # -0 + 0 is 0
         assert leaf.tobytes() == values.tobytes(), name
     assert not leaves
 
@@ -285,8 +295,8 @@ def test_kernels_that_cannot_stay_packed(tmp_path):
     )
     with pytest.raises(ValueError, match=rf"{sentence} F16 \(14\)\."):
         read_gguf(path, packed=True)
-    path = write(tmp_path / "mixed.gguf", change=of_mixed_kinds).path
-    with pytest.raises(ValueError, match=r"in layer 1 \(q4_0\) and in another before it \(q4_1\)"):
+    path = write(tmp_path / "mixed.gguf", change=with_a_dense_layer).path
+    with pytest.raises(ValueError, match=r"in layer 1 \(dense\) and in another before it \(q4_1\)"):
         read_gguf(path, packed=True)
     with pytest.raises(ValueError, match="is a folder of safetensors; only the kernels of a GGUF"):
         read_model(tmp_path, packed=True)

@@ -81,7 +81,9 @@ def read_gguf(
       dtype: Of the parameters.
       scan_layers: Whether the parameters are those of scanned layers (stacked) or of separate ones.
       packed: Whether kernels in Q4_0 and Q4_1 stay as they are: a `QuantizedArray` of that kind,
-        which decodes to the values that are read otherwise, bit for bit.
+        which decodes to the values that are read otherwise, bit for bit. Layers in both that are to
+        be stacked are all of kind `"q4_1"`, to which Q4_0 goes over without a loss (of the sign of
+        its zeros alone).
 
     Returns:
       The checkpoint.
@@ -89,7 +91,7 @@ def read_gguf(
     Raises:
       FileNotFoundError: If there is no file.
       ValueError: If it is no GGUF file, ends too early, or holds a model that cannot be read
-        faithfully; or if kernels are to stay packed and none is, or layers differ in it that are to
+        faithfully; or if kernels are to stay packed and none is, or not all of those that are to
         be stacked.
     """
     path = Path(path)
@@ -99,7 +101,7 @@ def read_gguf(
         tied_head = all(tensor.name != "output.weight" for tensor in reader.tensors)
         config = from_gguf(metadata, tied_head=tied_head)
         config = dataclasses.replace(config, param_dtype=dtype)
-        staying = _packed_kernels(reader.tensors, config) if packed else {}
+        staying = _packed_kernels(reader.tensors, config, scan_layers) if packed else {}
         tensors = [_tensor(tensor, config, staying.get(tensor.name)) for tensor in reader.tensors]
         config, params = assemble(config, _NAMING, tensors, scan_layers=scan_layers)
         tokenizer = _build_tokenizer(metadata)
@@ -134,8 +136,10 @@ def _open(path: Path) -> gguf.GGUFReader:
         ) from error
 
 
-def _packed_kernels(tensors: Iterable[gguf.ReaderTensor], config: DecoderConfig) -> dict[str, str]:
-    """The kernels that may stay in 4 bits by their names, and the kind of each."""
+def _packed_kernels(
+    tensors: Iterable[gguf.ReaderTensor], config: DecoderConfig, scan_layers: bool
+) -> dict[str, str]:
+    """The kernels that may stay in 4 bits by their names, and the kind that each is to have."""
     places = _NAMING.places(config)
     kernels = {name for name, place in places.items() if place.path.endswith("/kernel")}
     types = {x.name: x.tensor_type.name for x in tensors if x.name in kernels}
@@ -146,7 +150,13 @@ def _packed_kernels(tensors: Iterable[gguf.ReaderTensor], config: DecoderConfig)
             "no kernel is stored as Q4_0 or Q4_1, and so none can stay packed; they are stored as "
             f"{', '.join(f'{kind} ({count})' for kind, count in counts.items())}."
         )
-    return found
+    if not scan_layers:
+        return found
+    # llama.cpp writes some layers of a Q4_0 file in Q4_1, where it knows that they need it.
+    kinds = collections.defaultdict(set)
+    for name, kind in found.items():
+        kinds[places[name].path].add(kind)
+    return {name: "q4_1" if "q4_1" in kinds[places[name].path] else "q4_0" for name in found}
 
 
 def _tensor(tensor: gguf.ReaderTensor, config: DecoderConfig, kind: str | None) -> Tensor:
@@ -160,7 +170,7 @@ def _tensor(tensor: gguf.ReaderTensor, config: DecoderConfig, kind: str | None) 
     def read() -> np.ndarray | QuantizedArray:
         rows = tensor.data if heads is None else _unpermute(tensor.data, heads)
         if kind is not None:
-            return _repack(rows, kind, config.param_dtype)
+            return _repack(rows, _PACKED[tensor.tensor_type.name], kind, config.param_dtype)
         try:
             return gguf.dequantize(rows, tensor.tensor_type)
         except NotImplementedError as error:
@@ -179,25 +189,26 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(out, width)
 
 
-def _repack(rows: np.ndarray, kind: str, dtype: DTypeLike) -> QuantizedArray:
+def _repack(rows: np.ndarray, stored: str, kind: str, dtype: DTypeLike) -> QuantizedArray:
     """Rows of blocks, `[out, bytes]`, as a leaf of the same codes.
 
     A block is a float16 scale, in Q4_1 a float16 minimum, and 16 bytes. Byte k holds element k in
     its low and element k + 16 in its high nibble, where the leaf has neighbours in a byte.
     """
-    halves = 2 if kind == "q4_1" else 1
-    blocks = rows.reshape(len(rows), -1, 2 * halves + _BLOCK // 2)
-    scales = np.ascontiguousarray(blocks[..., : 2 * halves]).view(
-        np.float16
-    )  # [out, in/32, 1 or 2]
-    nibbles = blocks[..., 2 * halves :]
-    codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1).reshape(
-        len(rows), -1
-    )  # [out, in]
+    head = 4 if stored == "q4_1" else 2  # bytes
+    blocks = rows.reshape(len(rows), -1, head + _BLOCK // 2)  # [out, in/32, bytes of a block]
+    halves = np.ascontiguousarray(blocks[..., :head]).view(np.float16)
+    nibbles = blocks[..., head:]
+    codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)  # [out, in/32, 32]
+    codes = codes.reshape(len(rows), -1)
+    scales, minimum = halves[..., 0].copy(), None
+    if kind == "q4_1":
+        # (code - 8) d is code d - 8 d, all of which are exact.
+        minimum = halves[..., 1].copy() if stored == "q4_1" else -8 * scales
     return QuantizedArray(
         (codes[:, ::2] << 4) | codes[:, 1::2],
-        scales[..., 0].copy(),
-        minimum=scales[..., 1].copy() if kind == "q4_1" else None,
+        scales,
+        minimum=minimum,
         kind=kind,
         block_size=_BLOCK,
         dtype=np.dtype(dtype),
