@@ -7,22 +7,21 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from tyro.conf import Positional, arg
 
 from lora_jax.cli.failures import CliError, sentences
-from lora_jax.cli.options import LogOptions, ModelOptions, at_least
+from lora_jax.cli.options import Base, LogOptions, ModelOptions, at_least
 from lora_jax.cli.parsing import read_object
-from lora_jax.cli.problem import KERNELS, LAYOUT
+from lora_jax.cli.problem import LAYOUT, read_for, stored_as
 from lora_jax.cli.report import Reporter, mebibytes
 from lora_jax.cli.run_folder import RunFolder
 from lora_jax.core.rules import LoraRule
-from lora_jax.core.tree import init_adapters, quantize
-from lora_jax.formats import read_model
-from lora_jax.formats.sources import SourceError, fetch
+from lora_jax.core.tree import init_adapters
+from lora_jax.formats.sources import SourceError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Subject:
 
     source: Positional[Annotated[str, arg(metavar="SOURCE")]] = ModelOptions.model
     """A model, as for finetune --model, or the folder of a run or of an adapter, ours or PEFT's."""
-    base: Literal["nf4", "fp4", "int4", "af4", "float32"] = "float32"
-    """How to store a model's kernels, as for finetune --base."""
+    base: Base = "float32"
+    """How a model's kernels are stored, as for finetune --base."""
     targets: str | None = None
     """Weights of a model to adapt: a regular expression, as for finetune --targets."""
     rank: int = 16
@@ -91,7 +90,7 @@ def run(config: Config) -> int:
 
 def model(subject: Subject, reporter: Reporter) -> None:
     """Prints a model's shape and weights, as they would be stored, with their adapters."""
-    checkpoint = read_model(fetch(subject.source))
+    checkpoint = read_for(subject.base, subject.source)
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     params, special = jax.tree.map(like, checkpoint.params), checkpoint.special
     shape = {
@@ -109,9 +108,7 @@ def model(subject: Subject, reporter: Reporter) -> None:
     )
 
     def trees(params: Any) -> tuple[Any, Any]:
-        base = params
-        if subject.base != "float32":
-            base = quantize(params, KERNELS, kind=subject.base, layout=LAYOUT)
+        base = stored_as(subject.base, params)
         return base, init_adapters(jax.random.key(0), base, rules, train=subject.whole)
 
     reporter.plan(*jax.eval_shape(trees, params))  # shapes alone: nothing is computed
