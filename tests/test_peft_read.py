@@ -184,7 +184,7 @@ def named_tree():
 
 
 @pytest.mark.parametrize("as_function", [False, True])
-@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("fan_in_fan_out", [(), "score/kernel", ["score", "c_attn"]])
 def test_names_of_ones_own(tmp_path, as_function, fan_in_fan_out):
     base, names = named_tree(), NAMED.get if as_function else NAMED
     rules = [lj.LoraRule("c_attn", 2, layout="b i o"), lj.LoraRule("out", 2, layout="b i i o")]
@@ -197,16 +197,18 @@ def test_names_of_ones_own(tmp_path, as_function, fan_in_fan_out):
     name = "transformer.h.1.attn.c_proj"
     np.testing.assert_array_equal(written[f"{name}.lora_A.weight"], leaf.a[1])
     head = adapters["score"]["kernel"].astype(np.float32)
-    head = head if fan_in_fan_out else head.T
+    head = head if fan_in_fan_out else head.T  # as GPT-2's Conv1D, or as a Linear
     np.testing.assert_array_equal(written["score.weight"], head)
     described = json.loads((tmp_path / "first" / CONFIG).read_text())
     # The short name of `c_proj` would reach that of the mlp, which has no adapter.
     names_written = ["c_attn", "transformer.h.0.attn.c_proj", "transformer.h.1.attn.c_proj"]
     assert described["target_modules"] == names_written
     assert described["modules_to_save"] == ["score"]
+    assert described["fan_in_fan_out"] == (len(fan_in_fan_out) == 2)  # of an adapted one
 
     layouts = {"out/kernel": "b i i o"}
-    again = read_peft(tmp_path / "first", base, names=names, layouts=layouts)
+    options_read = {"names": names, "layouts": layouts, "fan_in_fan_out": fan_in_fan_out}
+    again = read_peft(tmp_path / "first", base, **options_read)
     assert again["h"]["attn"]["out"]["kernel"].layout == "i i o"
     write_peft(tmp_path / "second", again, **options)
     assert same_bytes(tmp_path / "first", tmp_path / "second")

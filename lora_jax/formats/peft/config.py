@@ -16,16 +16,17 @@ from typing import Any
 
 CONFIG = "adapter_config.json"
 
-# What says nothing about the function that a finished adapter computes.
+# What says nothing about the function that a finished adapter computes. `fan_in_fan_out` is about
+# the base, and peft too asks each module instead.
 _SILENT = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config", "loftq_config", "eva_config", "corda_config"),
-    *("lora_ga_config", "velora_config", "qalora_group_size", "megatron_core"),
+    *("lora_ga_config", "velora_config", "qalora_group_size", "megatron_core", "fan_in_fan_out"),
 }
 _UNDERSTOOD = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out"),
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "ensure_weight_tying"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("modules_to_save", "rank_pattern", "alpha_pattern", "ensure_weight_tying"),
+    *("modules_to_save", "rank_pattern", "alpha_pattern"),
 }
 # Starts that leave the base as it is; pissa, olora, corda, loftq and lora_ga move it.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -39,7 +40,6 @@ class PeftConfig:
       r, lora_alpha: of modules that no pattern matches.
       lora_dropout: of all modules.
       use_rslora: whether the scale is alpha / sqrt(r) instead of alpha / r.
-      fan_in_fan_out: whether torch stores kernels as [in, out], as GPT-2's Conv1D does.
       target_modules: names, or one regular expression; None for whatever the file holds.
       exclude_modules: the same for those left out.
       layers_to_transform: the only layers that are adapted, or None.
@@ -53,7 +53,6 @@ class PeftConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    fan_in_fan_out: bool = False
     target_modules: tuple[str, ...] | str | None = None
     exclude_modules: tuple[str, ...] | str = ()
     layers_to_transform: tuple[int, ...] = ()
@@ -220,7 +219,6 @@ _CHECKS = {
     "lora_alpha": (_is_number, "a number"),
     "lora_dropout": (lambda x: _is_number(x) and 0 <= x < 1, "a probability below 1"),
     "use_rslora": _FLAG,
-    "fan_in_fan_out": _FLAG,
     "ensure_weight_tying": _FLAG,
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,

@@ -13,12 +13,13 @@ Shapes: L layers, E experts, r rank, V vocabulary, D width, `in` contracted, `ou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from lora_jax.core.leaves import Adapter
+from lora_jax.core.rules import first_matches
 
 # A torch name for a leaf's path; None, or no entry, for a leaf that torch does not have.
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
@@ -73,6 +74,23 @@ def is_embedding(path: str) -> bool:
 def layout_of(path: str) -> str:
     """The layout of a matrix that nobody has stated: torch's own order, except in Flax kernels."""
     return "o i" if last(path) in ("embedding", "weight") else "i o"
+
+
+def is_turned(path: str, axes: int, conv1d: Collection[str]) -> bool:
+    """Whether torch has a leaf's axes the other way round: Flax kernels, but for Conv1D's.
+
+    Args:
+      path: of the leaf.
+      axes: how many it has, batch axes aside.
+      conv1d: paths of the kernels that torch has as [in, out], too.
+    """
+    return axes == 2 and layout_of(path) == "i o" and path not in conv1d
+
+
+def conv1d_paths(patterns: str | Sequence[str], paths: Sequence[str]) -> set[str]:
+    """The paths that `fan_in_fan_out` names: of kernels that torch has as [in, out]."""
+    listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    return set(first_matches(listed, paths))
 
 
 def indices(path: str, template: str, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

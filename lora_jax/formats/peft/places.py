@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.core.leaves import QuantizedArray, is_array, parse_layout, split_axes
 from lora_jax.core.rules import compile_pattern
 from lora_jax.core.tree import named_leaves
-from lora_jax.formats.peft.config import PeftConfig
-from lora_jax.formats.peft.naming import factor_names, indices, is_embedding, layout_of, parameter
+from lora_jax.formats.peft.naming import (
+    conv1d_paths,
+    factor_names,
+    indices,
+    is_embedding,
+    is_turned,
+    layout_of,
+    parameter,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Place:
       module: the torch module.
       shape: of the share.
       layout: of the leaf, without batch axes; None for what is no matrix.
+      is_turned: whether torch has its axes the other way round.
     """
 
     path: str
@@ -31,6 +39,7 @@ class Place:
     module: str
     shape: tuple[int, ...]
     layout: str | None
+    is_turned: bool
 
     @property
     def parameter(self) -> str:
@@ -50,26 +59,31 @@ class Place:
             out, inn = inn, out
         return (rank, inn), (out, rank)
 
-    def is_transposed(self, config: PeftConfig) -> bool:
-        """Whether torch has the axes of the share the other way round."""
-        return self.layout == "i o" and not is_embedding(self.path) and not config.fan_in_fan_out
-
 
 def all_places(
-    base: Any, name_of: Callable[[str], str | None], layouts: Mapping[str, str]
+    base: Any,
+    name_of: Callable[[str], str | None],
+    layouts: Mapping[str, str],
+    fan_in_fan_out: str | Sequence[str],
 ) -> list[Place]:
     """Every torch module that the base has, leaf by leaf."""
+    leaves = [
+        (path, leaf)
+        for path, leaf in named_leaves(base)
+        if is_array(leaf) or isinstance(leaf, QuantizedArray)
+    ]
+    conv1d = conv1d_paths(fan_in_fan_out, [path for path, _ in leaves])
     places = []
-    for path, leaf in named_leaves(base):
-        template = name_of(path)
-        if template is None or not (is_array(leaf) or isinstance(leaf, QuantizedArray)):
+    for path, leaf in leaves:
+        if (template := name_of(path)) is None:
             continue
         shape = tuple(leaf.shape)
         batch = template.count("{}")
         layout = _layout(path, leaf, batch, layouts)
+        turned = is_turned(path, len(shape) - batch, conv1d)
         for index in indices(path, template, shape):
             module = template.format(*index)
-            places.append(Place(path, index, module, shape[batch:], layout))
+            places.append(Place(path, index, module, shape[batch:], layout, turned))
     return places
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def read_peft(
     dtype: DTypeLike | None = None,
     names: Names | None = None,
     layouts: Mapping[str, str] | None = None,
+    fan_in_fan_out: str | Sequence[str] = (),
 ) -> Any:
     """Reads a folder that `peft` or `write_peft` wrote.
 
@@ -57,6 +58,8 @@ def read_peft(
         axis: `{"h/attn/c_attn/kernel": "transformer.h.{}.attn.c_attn"}`, or a function.
       layouts: by patterns searched in paths, the layout of dense leaves that have more than two
         axes besides those that `names` numbers, such as `{"query/kernel": "b i o o"}`.
+      fan_in_fan_out: patterns of the leaves that torch has as [in, out], as in GPT-2's Conv1D.
+        This matters for what was trained whole.
 
     Returns:
       A tree of the base's structure: an `Adapter` where a module is adapted, an array where it was
@@ -72,13 +75,13 @@ def read_peft(
     try:
         with open_weights(folder) as weights:
             config = read_config(folder)
-            places = all_places(base, naming(names), layouts or {})
+            places = all_places(base, naming(names), layouts or {}, fan_in_fan_out)
             adapted, whole = _wanted(config, places, weights)
             if is_tied := names is None and has_tied_head(base):
                 refuse_untied(config, [*adapted, *whole])
             expected = _expected(config, adapted, whole)
             if strict:
-                repeats = find_repeats(config, weights, base, adapted, whole, is_tied)
+                repeats = find_repeats(weights, base, adapted, whole, is_tied)
                 _compare(expected, weights, repeats)
             found = {name for name, shape in expected.items() if weights.shapes.get(name) == shape}
             shares = _shares(config, weights, found, adapted, whole, dtype)
@@ -124,8 +127,7 @@ def _expected(
         shapes = place.factor_shapes(config.rank(place.module))
         expected.update(zip(place.factors, shapes, strict=True))
     for place in whole:
-        transposed = place.is_transposed(config)
-        expected[place.parameter] = place.shape[::-1] if transposed else place.shape
+        expected[place.parameter] = place.shape[::-1] if place.is_turned else place.shape
     return expected
 
 
@@ -182,7 +184,7 @@ def _shares(
     for place in whole:
         if place.parameter in found:
             share = weights.read(place.parameter, dtype)
-            share = share.T if place.is_transposed(config) else share
+            share = share.T if place.is_turned else share
             shares.setdefault(place.path, {})[place.index] = share
     return shares
 

@@ -56,7 +56,6 @@ def refuse_untied(config: PeftConfig, trained: list[Place]) -> None:
 
 
 def find_repeats(
-    config: PeftConfig,
     weights: Weights,
     base: Any,
     adapted: list[Place],
@@ -67,7 +66,7 @@ def find_repeats(
     repeats = Repeats(set(), set())
     leaves = dict(named_leaves(base))
     for place in adapted:
-        for name, expected in _repeated(config, weights, leaves, place, is_tied):
+        for name, expected in _repeated(weights, leaves, place, is_tied):
             same = expected is None or _equal(weights.read(name), expected)
             (repeats.agreeing if same else repeats.differing).add(name)
     for place in whole:
@@ -79,7 +78,7 @@ def find_repeats(
 
 
 def _repeated(
-    config: PeftConfig, weights: Weights, leaves: dict[str, Any], place: Place, is_tied: bool
+    weights: Weights, leaves: dict[str, Any], place: Place, is_tied: bool
 ) -> Iterator[tuple[str, np.ndarray | None]]:
     """Names of a module's repeated tensors, each with the values it should have, where known."""
     modules = [place.module]
@@ -97,7 +96,7 @@ def _repeated(
                 yield name, None
                 continue
             weight = np.asarray(leaf[place.index])
-            yield name, weight.T if place.is_transposed(config) else weight
+            yield name, weight.T if place.is_turned else weight
 
 
 def _equal(values: np.ndarray, expected: np.ndarray) -> bool:

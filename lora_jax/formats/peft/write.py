@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from lora_jax.formats.peft.naming import (
     HEAD,
     Names,
     adapter_indices,
+    conv1d_paths,
     decoder_module,
     factor_names,
     indices,
-    layout_of,
+    is_turned,
     naming,
     parameter,
     turned,
@@ -42,10 +44,10 @@ def write_peft(
     adapters: Any,
     *,
     base_model: str,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
     dtype: DTypeLike | None = None,
     names: Names | None = None,
-    fan_in_fan_out: bool = False,
+    fan_in_fan_out: str | Sequence[str] = (),
 ) -> None:
     """Writes adapters as a folder that `peft` loads.
 
@@ -58,11 +60,11 @@ def write_peft(
         Layers of a scanned leaf whose A and B are both zero are left out, as layers without an
         adapter.
       base_model: where the base is found by others: a name on the hub, or a path.
-      task_type: as PEFT calls it.
+      task_type: as PEFT calls it; None for a model that has none of its tasks.
       dtype: of the tensors on disk, such as `np.float16`; their own, if None.
       names: what torch calls the module of a leaf, by the leaf's path, with a `{}` for each batch
         axis: `{"h/attn/c_attn/kernel": "transformer.h.{}.attn.c_attn"}`, or a function.
-      fan_in_fan_out: whether torch has the adapted kernels as [in, out], as GPT-2's Conv1D does.
+      fan_in_fan_out: patterns of the leaves that torch has as [in, out], as in GPT-2's Conv1D.
 
     Raises:
       ValueError: if the tree holds no adapter, or a leaf that PEFT's format has no place for.
@@ -77,7 +79,7 @@ def write_peft(
         "base_model_name_or_path": base_model,
         **_described(record),
         "use_dora": False,
-        "fan_in_fan_out": fan_in_fan_out,
+        "fan_in_fan_out": record.fan_in_fan_out,
         "bias": "none",
         "inference_mode": True,
     }
@@ -108,6 +110,7 @@ class _Record:
       others: names of the modules that are neither, with a `{}` for each number; None if some
         modules have no name.
       is_tied: whether the head is the embedding, and trained with it.
+      fan_in_fan_out: whether adapted modules are GPT-2's Conv1D.
     """
 
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -117,6 +120,7 @@ class _Record:
     whole: set[str] = dataclasses.field(default_factory=set)
     others: set[str] | None = dataclasses.field(default_factory=set)
     is_tied: bool = False
+    fan_in_fan_out: bool = False
 
     def add_adapter(self, path: str, template: str, leaf: Adapter) -> None:
         leaf = jax.tree.map(np.asarray, leaf)
@@ -141,7 +145,7 @@ class _Record:
         self.tensors.update(zip(factor_names(HEAD, head), (a, b), strict=True))
         self.ranks[head], self.scales[head] = leaf.rank, leaf.scale
 
-    def add_whole(self, path: str, template: str, leaf: Any, fan_in_fan_out: bool) -> None:
+    def add_whole(self, path: str, template: str, leaf: Any, conv1d: set[str]) -> None:
         leaf = np.asarray(leaf)
         numbered = template.count("{}")
         if leaf.ndim - numbered > 2:
@@ -150,27 +154,30 @@ class _Record:
                 "place for; only matrices and vectors can be written (save it with "
                 "lj.save_adapters)"
             )
-        turn = leaf.ndim - numbered == 2 and layout_of(path) == "i o" and not fan_in_fan_out
+        turn = is_turned(path, leaf.ndim - numbered, conv1d)
         for index in indices(path, template, leaf.shape):
             module = template.format(*index)
             self.tensors[f"{module}.{parameter(path)}"] = leaf[index].T if turn else leaf[index]
             self.whole.add(module)
 
 
-def _record(adapters: Any, names: Names | None, fan_in_fan_out: bool) -> _Record:
+def _record(adapters: Any, names: Names | None, fan_in_fan_out: str | Sequence[str]) -> _Record:
     record, name_of = _Record(), naming(names)
     flat, _ = jax.tree_util.tree_flatten_with_path(
         adapters, is_leaf=lambda x: x is None or is_leaf(x)
     )
     leaves = [(path_string(path), leaf) for path, leaf in flat]
+    conv1d = conv1d_paths(fan_in_fan_out, [path for path, _ in leaves])
+    adapted = {path for path, leaf in leaves if isinstance(leaf, Adapter)}
+    record.fan_in_fan_out = bool(adapted & conv1d)
     kinds = collections.defaultdict(set)  # of the leaves that one module has
     for path, leaf in leaves:
         template = name_of(path)
         if template is None:
             if leaf is not None:
                 raise ValueError(
-                    f"{path} has no place in a PEFT adapter; expected leaves of an lj.models "
-                    "decoder, or names= that says what torch calls it (save others with "
+                    f"{path} has no place in a PEFT adapter; expected kernels and norms of an "
+                    "lj.models decoder, or names= that says what torch calls it (save others with "
                     "lj.save_adapters)"
                 )
             record.others = None
@@ -179,7 +186,7 @@ def _record(adapters: Any, names: Names | None, fan_in_fan_out: bool) -> _Record
         if isinstance(leaf, Adapter):
             record.add_adapter(path, template, leaf)
         elif leaf is not None:
-            record.add_whole(path, template, leaf, fan_in_fan_out)
+            record.add_whole(path, template, leaf, conv1d)
     tree = dict(leaves)
     if names is None and HEAD not in tree and tree.get(EMBEDDING) is not None:
         record.add_tied_head(tree[EMBEDDING])
