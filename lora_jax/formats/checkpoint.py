@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax.core.rules import path_string
 from lora_jax.models.decoder import DecoderConfig, parameter_shapes, unstack_layers
 
 if TYPE_CHECKING:
@@ -75,38 +76,43 @@ class Place(NamedTuple):
 
     Attributes:
       path: Of the leaf, such as `layers/attn/q_proj/kernel`.
-      layer: Index on the leaf's leading axis, None for what is not in a layer.
+      leading: Index on the leaf's leading axes: of the layer and expert, if it belongs to one.
     """
 
     path: str
-    layer: int | None = None
+    leading: tuple[int, ...] = ()
 
     def shape(self, params: Any) -> tuple[int, ...]:
         """The shape that the tensor is stored in: kernels as [out, in], all else as it is."""
-        leaf = _at(params, self.path)
-        shape = leaf.shape if self.layer is None else leaf.shape[1:]
+        shape = _at(params, self.path).shape[len(self.leading) :]
         return shape[::-1] if self.path.endswith("/kernel") else shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """How a format calls the tensors of a decoder.
+    """How a format calls the tensors of a decoder, whether or not a decoder has all of them.
 
     Attributes:
       whole: A path for each name.
       layered: The same for the tensors of a layer, whose number stands in the name as `{}`.
+      expert: The same for the tensors of a layer's expert, whose number follows as a second `{}`.
     """
 
     whole: Mapping[str, str]
     layered: Mapping[str, str]
+    expert: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def places(self, config: DecoderConfig) -> dict[str, Place]:
-        """Every tensor that the decoder needs, and where it belongs."""
+    def places(self, config: DecoderConfig, params: Any) -> dict[str, Place]:
+        """Every tensor that the decoder of these parameters needs, and where it belongs."""
         found = {name: Place(path) for name, path in self.whole.items()}
         for layer in range(config.num_layers):
-            found |= {name.format(layer): Place(p, layer) for name, p in self.layered.items()}
-        if config.tied_head:
-            return {name: place for name, place in found.items() if place.path != "lm_head/kernel"}
+            found |= {name.format(layer): Place(p, (layer,)) for name, p in self.layered.items()}
+            for expert in range(config.num_experts):
+                index = (layer, expert)
+                found |= {name.format(*index): Place(p, index) for name, p in self.expert.items()}
+        leaves = {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+        found = {name: place for name, place in found.items() if place.path in leaves}
+        assert leaves == {place.path for place in found.values()}
         return found
 
 
@@ -146,14 +152,14 @@ def assemble(
     """
     # Stacked in any case: separate layers are then views of the stack.
     config = dataclasses.replace(config, scan_layers=True)
-    shapes, places = parameter_shapes(config), naming.places(config)
+    shapes = parameter_shapes(config)
+    places = naming.places(config, shapes)
     _compare({name: place.shape(shapes) for name, place in places.items()}, tensors)
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
     for tensor in tensors:
-        path, layer = places[tensor.name]
-        target = _at(params, path)
+        path, leading = places[tensor.name]
         values = tensor.read()
-        target[() if layer is None else layer] = values.T if path.endswith("/kernel") else values
+        _at(params, path)[leading] = values.T if path.endswith("/kernel") else values
     if scan_layers:
         return config, params
     return dataclasses.replace(config, scan_layers=False), unstack_layers(params)
