@@ -35,7 +35,7 @@ from lora_jax.formats.checkpoint import (
     assemble,
     digest,
 )
-from lora_jax.models.decoder import DecoderConfig
+from lora_jax.models.decoder import DecoderConfig, parameter_shapes
 from lora_jax.models.families import from_gguf
 
 _NAMING = Naming(
@@ -140,7 +140,7 @@ def _packed_kernels(
     tensors: Iterable[gguf.ReaderTensor], config: DecoderConfig, scan_layers: bool
 ) -> dict[str, str]:
     """The kernels that may stay in 4 bits by their names, and the kind that each is to have."""
-    places = _NAMING.places(config)
+    places = _NAMING.places(config, parameter_shapes(config))
     kernels = {name for name, place in places.items() if place.path.endswith("/kernel")}
     types = {x.name: x.tensor_type.name for x in tensors if x.name in kernels}
     found = {name: _PACKED[kind] for name, kind in types.items() if kind in _PACKED}
