@@ -59,19 +59,18 @@ def written_out(base, adapters):
 
 
 @pytest.mark.parametrize(
-    ("case", "scan_layers", "layers", "leaves"),
+    ("case", "layers", "run", "leaves"),
     [
-        ("qwen2", True, 2, 7),
-        ("gemma2", True, 2, 7),
-        ("qwen3_moe", True, 2, 8),
-        ("qwen3_moe", False, 1, 8),
+        ("qwen2", 2, {}, 7),
+        ("gemma2", 2, {"remat": "nothing_saveable"}, 7),
+        ("qwen3_moe", 2, {"remat": "nothing_saveable"}, 8),
+        ("qwen3_moe", 1, {"scan_layers": False}, 8),
     ],
     ids=["biases", "soft cap", "experts, scanned", "experts, unrolled"],
 )
-def test_every_weight_has_its_adapter(case, scan_layers, layers, leaves):
+def test_every_weight_has_its_adapter(case, layers, run, leaves):
     fields = CASES[case] | {"num_hidden_layers": layers, "intermediate_size": 64}
-    config = from_hf(fields | {"moe_intermediate_size": 64})
-    config = dataclasses.replace(config, scan_layers=scan_layers)
+    config = dataclasses.replace(from_hf(fields | {"moe_intermediate_size": 64}), **run)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: (rng.normal(size=x.shape) * 0.3).astype(x.dtype), parameter_shapes(config)

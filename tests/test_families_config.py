@@ -9,7 +9,7 @@ import jax
 import pytest
 from family_cases import CASES
 
-from lora_jax.models.config import DecoderConfig, Kind, RopeScaling
+from lora_jax.models.config import AttentionKind, DecoderConfig, RopeScaling
 from lora_jax.models.decoder import parameter_shapes
 from lora_jax.models.families import SHAPES, from_hf
 
@@ -264,6 +264,7 @@ LINEAR = {"rope_type": "linear", "factor": 3.0}
             },
         ),
         ("smollm3, window", {"rope_theta": 500.0, "no_rope_layers": [1, 1, 1, 0]}),
+        ("qwen3_moe", {"rope_theta": 500.0, "num_local_experts": 5, "num_experts": None}),
     ],
 )
 def test_the_same_in_other_words(case, older):
@@ -272,16 +273,23 @@ def test_the_same_in_other_words(case, older):
 
 
 def test_layers_differ_as_the_family_has_it():
-    local, whole = Kind(5, 500.0, None), Kind(None, 9000.0, RopeScaling(3.0))
-    assert from_hf(GEMMA_3).kinds == (local, local, whole, local)
-    local, whole = Kind(5, 500.0, None), Kind(None, 500.0, None)
-    assert from_hf(CASES["gemma2"]).kinds == (local, whole) * 2
-    assert from_hf(CASES["qwen2"]).kinds == (whole, local, local, local)
-    nowhere = Kind(None, None, None)
-    assert from_hf(CASES["smollm3"]).kinds == (whole, nowhere) * 2
-    assert from_hf(CASES["smollm3, window"]).kinds == (whole, whole, whole, Kind(5, None, None))
-    assert set(from_hf(CASES["mistral"]).kinds) == {local}
-    assert set(from_hf(CASES["llama"]).kinds) == {Kind(None, 500.0, RopeScaling(4.0, 16))}
+    local, whole = AttentionKind(5, 500.0, None), AttentionKind(None, 9000.0, RopeScaling(3.0))
+    assert from_hf(GEMMA_3).attention_kinds == (local, local, whole, local)
+    local, whole = AttentionKind(5, 500.0, None), AttentionKind(None, 500.0, None)
+    assert from_hf(CASES["gemma2"]).attention_kinds == (local, whole) * 2
+    assert from_hf(CASES["qwen2"]).attention_kinds == (whole, local, local, local)
+    nowhere = AttentionKind(None, None, None)
+    assert from_hf(CASES["smollm3"]).attention_kinds == (whole, nowhere) * 2
+    assert from_hf(CASES["smollm3, window"]).attention_kinds == (
+        whole,
+        whole,
+        whole,
+        AttentionKind(5, None, None),
+    )
+    assert set(from_hf(CASES["mistral"]).attention_kinds) == {local}
+    assert set(from_hf(CASES["llama"]).attention_kinds) == {
+        AttentionKind(None, 500.0, RopeScaling(4.0, 16))
+    }
 
 
 @pytest.mark.parametrize(
