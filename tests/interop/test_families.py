@@ -14,6 +14,7 @@ from family_cases import CASES, TOKENS, WINDOW
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_jax.formats import read_model
+from lora_jax.generate import generate
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder, init_cache
 
@@ -113,6 +114,29 @@ def test_decoding_token_by_token(written, ours):
         hidden.append(states)
     logits = np.asarray(apply(np.concatenate(hidden, axis=1), method="unembed"))
     assert np.abs(logits - expected)[mask == 1].max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["mistral", "gemma3_text", "qwen3_moe"])
+def test_greedy_continuations(tmp_path, case):
+    """Prompts of unequal lengths in one batch: the same words, from caches of either kind."""
+    model = build(case, tied=False)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    checkpoint = read_model(tmp_path)
+    prompts, width, new = [TOKENS[0, :3].tolist(), TOKENS[1].tolist()], LENGTH, 12
+    tokens = np.zeros((2, width), int)
+    mask = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    output = model.generate(
+        torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask), **options
+    )
+    decoder = Decoder(checkpoint.config)
+    found = generate(decoder, checkpoint.params, None, prompts, max_tokens=new)
+    assert found == output[:, width:].tolist()
+    assert len(set(found[0])) > 3
 
 
 @pytest.mark.parametrize("case", CASES)
