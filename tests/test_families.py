@@ -37,8 +37,11 @@ def read(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("case", "scan_layers"),
-    # Of the unrolled ones, those whose layers differ: elsewhere, all are given the same.
-    [*((case, True) for case in CASES), ("smollm3, window", False), ("gemma3_text", False)],
+    # Of the unrolled ones, those whose layers differ, or have experts that are stacked even so.
+    [
+        *((case, True) for case in CASES),
+        *((case, False) for case in ("smollm3, window", "gemma3_text", "qwen3_moe")),
+    ],
 )
 def test_logits_of_rows_of_every_sort(read, case, scan_layers):
     """Packed, padded in front and counting from seven, padded behind."""

@@ -53,10 +53,11 @@ def plot_curves(
             y = np.array([record[evaluated] for record in tests.values()])
             axes.plot(x, y, "o", color=ACCENT, markersize=7, label="test", zorder=5, clip_on=False)
             for a, b in zip(x, y, strict=True):
+                below = name == "accuracy" and b > 0.1  # out of the curve's way, above the axis
                 axes.annotate(
                     f"{100 * b:.1f} %" if name == "accuracy" else f"{b:.2f}",
                     (a, b),
-                    xytext=(8 if a else 6, -4 if a else (11 if name == "loss" else -17)),
+                    xytext=(8 if a else 6, -4 if a else -17 if below else 11),
                     textcoords="offset points",
                     color=ACCENT,
                     fontweight="bold",

@@ -3,7 +3,8 @@
 Formats agree on more than they admit: a model is a list of named tensors, kernels are `[out, in]`,
 and every layer calls its own by the same names. A reader therefore says how its format calls them
 (`Naming`) and hands them over unread (`Tensor`); `assemble` compares the names and shapes with
-those that the decoder asks for, and then reads one tensor at a time.
+those that the decoder asks for, and then reads one tensor at a time. A kernel may arrive in 4 bits,
+because the file has it so or because it is stored so as it arrives; it stays as it is.
 
 Shapes: V vocabulary, D model width, L layers.
 """
@@ -21,8 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax.core.leaves import QuantizedArray
 from lora_jax.core.rules import path_string
-from lora_jax.models.decoder import DecoderConfig, parameter_shapes, unstack_layers
+from lora_jax.models.decoder import DecoderConfig, parameter_shapes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,7 +50,8 @@ class Checkpoint:
 
     Attributes:
       config: The decoder to run it with.
-      params: Its parameters, NumPy arrays in the tree of `lora_jax.models.decoder`.
+      params: Its parameters in the tree of `lora_jax.models.decoder`: NumPy arrays, and
+        `QuantizedArray`s of them.
       tokenizer: Text to token ids and back. What it adds by itself is left to its caller: write
         `encode(text, add_special_tokens=False)`, and `special.bos` in front.
       special: The tokens that begin and end a sequence.
@@ -122,16 +125,26 @@ class Tensor(NamedTuple):
     Attributes:
       name: By the file's own naming.
       shape: In which it is stored: a kernel is [out, in], an embedding [V, D], a norm [D].
-      read: Returns its values in that shape, in any dtype that casts to the parameters'.
+      read: Returns its values in that shape, in any dtype that casts to the parameters'; or, of a
+        kernel that the file keeps in 4 bits, a `QuantizedArray` of layout "o i".
     """
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[[], np.ndarray | QuantizedArray]
+
+
+# From the path of a leaf and a tensor of it, kernels as [out, in], to what is kept of that tensor.
+Store = Callable[[str, np.ndarray], np.ndarray | QuantizedArray]
 
 
 def assemble(
-    config: DecoderConfig, naming: Naming, tensors: Sequence[Tensor], *, scan_layers: bool
+    config: DecoderConfig,
+    naming: Naming,
+    tensors: Sequence[Tensor],
+    *,
+    scan_layers: bool,
+    store: Store | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads the tensors one by one, each into its place.
 
@@ -142,27 +155,75 @@ def assemble(
       naming: What the tensors are called.
       tensors: All of them, in the order of the file.
       scan_layers: Whether the parameters are to be those of scanned layers.
+      store: What becomes of a dense tensor as it arrives; it stays dense if None.
 
     Returns:
-      The config with `scan_layers`, and the parameters, NumPy arrays.
+      The config with `scan_layers`, and the parameters, of NumPy arrays.
 
     Raises:
-      ValueError: If tensors are missing, doubled, of another shape, or not the decoder's; nothing
-        is read then.
+      ValueError: If tensors are missing, doubled, of another shape, or not the decoder's, and
+        nothing is read then; or if layers that are to be stacked are stored in different ways.
     """
-    # Stacked in any case: separate layers are then views of the stack.
     config = dataclasses.replace(config, scan_layers=True)
     shapes = parameter_shapes(config)
     places = naming.places(config, shapes)
     _compare({name: place.shape(shapes) for name, place in places.items()}, tensors)
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+    leaves: dict[str, Any] = {}
     for tensor in tensors:
         path, leading = places[tensor.name]
         values = tensor.read()
-        _at(params, path)[leading] = values.T if path.endswith("/kernel") else values
-    if scan_layers:
-        return config, params
-    return dataclasses.replace(config, scan_layers=False), unstack_layers(params)
+        if store is not None and not isinstance(values, QuantizedArray):
+            values = store(path, values)
+        leaf = _as_parameter(values, path, config.param_dtype)
+        stacked = _at(shapes, path).shape[: len(leading)]
+        if leading and not scan_layers:
+            path = path.replace("layers/", f"layers_{leading[0]}/", 1)
+            leading, stacked = leading[1:], stacked[1:]
+        if not leading:
+            leaves[path] = leaf
+            continue
+        if path not in leaves:
+            leaves[path] = _room_for(leaf, stacked)
+        _put(leaves[path], leading, leaf, path)
+    return dataclasses.replace(config, scan_layers=scan_layers), _nested(leaves)
+
+
+def _as_parameter(values: np.ndarray | QuantizedArray, path: str, dtype: Any) -> Any:
+    """A tensor as the decoder has it: of NumPy arrays that nobody else holds; kernels [in, out]."""
+    if isinstance(values, QuantizedArray):
+        out, width = values.axis_sizes
+        values = dataclasses.replace(values, layout="i o", axis_sizes=(width, out))
+        return jax.tree.map(np.asarray, values)
+    return np.array(values.T if path.endswith("/kernel") else values, dtype, order="C")
+
+
+def _room_for(leaf: Any, stacked: tuple[int, ...]) -> Any:
+    return jax.tree.map(lambda x: np.empty((*stacked, *x.shape), x.dtype), leaf)
+
+
+def _structure(leaf: Any) -> Any:
+    return jax.tree.structure(leaf)
+
+
+def _put(stacked: Any, leading: tuple[int, ...], leaf: Any, path: str) -> None:
+    there, here = map(_structure, (stacked, leaf))
+    if there != here:
+        ways = ["dense" if isinstance(x, np.ndarray) else str(x.kind) for x in (leaf, stacked)]
+        raise ValueError(
+            f"{path} is stored in one way at {list(leading)} ({ways[0]}) and in another before it "
+            f"({ways[1]}), so that they cannot be stacked; layers need not be: scan_layers=False"
+        )
+    for room, x in zip(jax.tree.leaves(stacked), jax.tree.leaves(leaf), strict=True):
+        room[leading] = x
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree whose leaves have these paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        functools.reduce(lambda node, part: node.setdefault(part, {}), parents, tree)[name] = leaf
+    return tree
 
 
 def digest(paths: Iterable[Path]) -> str:
