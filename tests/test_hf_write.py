@@ -90,6 +90,13 @@ def test_a_tokenizer_that_was_changed_is_written(tmp_path):
     assert again.tokenizer.encode("w0 w1").ids == [0, 3, 4]
 
 
+def test_a_folder_that_is_gone_is_not_needed(tmp_path):
+    checkpoint = read_model(write_folder(tmp_path / "source"))
+    (tmp_path / "source").rename(tmp_path / "elsewhere")
+    write_hf(tmp_path / "written", checkpoint)
+    assert read_model(tmp_path / "written").special == checkpoint.special
+
+
 @pytest.mark.parametrize("begins", [False, True], ids=["without bos", "with bos"])
 def test_a_model_of_one_file_is_written_out(tmp_path, gguf_file, begins):
     checkpoint = read_model(gguf_file)

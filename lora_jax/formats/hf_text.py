@@ -56,7 +56,8 @@ def text_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
     Where the checkpoint says what its own folder does, they are that folder's, byte for byte.
     """
-    if (folder := checkpoint.folder) is not None:
+    folder = checkpoint.folder
+    if folder is not None and (folder / "tokenizer.json").is_file():
         there = read_text(folder, checkpoint.metadata)
         if _content(there) == _content(checkpoint):
             found = [folder / name for name in FILES if (folder / name).is_file()]
