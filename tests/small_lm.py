@@ -62,6 +62,7 @@ BASES = {
     "fp4": {"kind": "fp4"},
     "int4": {"kind": "int4"},
     "af4": {"kind": "af4"},
+    "q4_1": {"kind": "q4_1"},
 }
 # What `LoraRule` and `init_adapters` are given.
 VARIANTS = {

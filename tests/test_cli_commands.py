@@ -7,13 +7,17 @@ import itertools
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
+from tiny_model import write_model
 from tiny_runs import arguments, finetune, one_sentence, result, write_files, write_lines
 
 import lora_jax as lj
 from lora_jax.cli import generate as generate_command
 from lora_jax.cli import main
+from lora_jax.cli.options import ModelOptions
+from lora_jax.cli.problem import load_model
 from lora_jax.formats import read_model
 from lora_jax.models.decoder import Decoder
 
@@ -231,6 +235,26 @@ def test_inspect_a_model_and_a_rule(files, capsys):
     assert plan["trainable"] == 4 * 2 * 4 * (64 + 64) + 64  # kernels, layers, rank; and a norm
     said, events = inspected(capsys, files["model"])
     assert "0 of 11 weights are adapted" in said
+
+
+def test_a_model_that_stays_packed(files, tmp_path, capsys):
+    path = write_model(tmp_path / "packed.gguf", kind="Q4_1")
+    said, _ = inspected(capsys, path, base="q4_1")
+    paths = ("embed/", "layers/", "final_norm/")
+    rows = [line.split() for line in said.splitlines() if line.startswith(paths)]
+    assert {tuple(row[2:4]) for row in rows if row[0].endswith("kernel")} == {("q4_1", "5")}
+    assert {tuple(row[2:4]) for row in rows if not row[0].endswith("kernel")} == {("float32", "32")}
+    packed, dense = (load_model(ModelOptions(str(path), base)).base for base in ("q4_1", "float32"))
+    assert packed["layers"]["attn"]["q_proj"]["kernel"].kind == "q4_1"
+    merged = lj.merge(packed, jax.tree.map(lambda _: None, dense))
+    jax.tree.map(np.testing.assert_array_equal, merged, dense)
+
+    assert main(["inspect", str(path), "--base", "q4_0"]) == 2
+    assert "--base is q4_0, and the kernels of packed are in q4_1; write --base q4_1" in (
+        one_sentence(capsys.readouterr())
+    )
+    assert main(finetune(**{**files, "base": "q4_1", "out": tmp_path / "run"})) == 2
+    assert "none can stay packed; they are stored as F32 (14)" in one_sentence(capsys.readouterr())
 
 
 def test_inspect_a_run_and_its_adapters(classifier, capsys):

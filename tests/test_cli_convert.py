@@ -121,17 +121,38 @@ def test_a_run_becomes_an_adapter_of_ours(files, done, tmp_path, capsys):
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
 
 
-def test_another_kind_joins_with_a_line(files, done, tmp_path, capsys, monkeypatch):
-    """A PEFT adapter is read as soon as something reads it, for the model that it names."""
+def test_an_adapter_of_peft_becomes_any_of_them(files, done, tmp_path, capsys):
+    """For the model that it names, or another that is named."""
     base = read_model(files["model"]).params
     adapters = lj.load_adapters(done / "checkpoint", base)
     write_peft(tmp_path / "peft", adapters, base_model=str(files["model"]))
-    read = lambda path, base: lj.load_adapters(done / "checkpoint", base)  # noqa: E731
-    monkeypatch.setattr(convert, "ADAPTERS", {**convert.ADAPTERS, "peft": read})
     said, _ = converted(capsys, tmp_path / "peft", tmp_path / "merged")
     assert f"{tmp_path / 'peft'} is a PEFT adapter." in said
     expected = adapted_logits(files["model"], done / "checkpoint", "float32")
     np.testing.assert_allclose(logits(tmp_path / "merged"), expected, atol=1e-4)
+    options = {"to": "lora-jax", "model": files["model"]}
+    converted(capsys, tmp_path / "peft", tmp_path / "own", **options)
+    found = lj.load_adapters(tmp_path / "own", base)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, adapters))
+    # Twice there and back, byte for byte.
+    converted(capsys, tmp_path / "peft", tmp_path / "again", to="peft")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        there, here = (tmp_path / x / name for x in ("peft", "again"))
+        assert there.read_bytes() == here.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (None, "is a PEFT adapter, which does not say what model it is for; write --model SOURCE"),
+        ("no such model", "'hf:no such model' names no model on the hub"),
+    ],
+)
+def test_an_adapter_of_peft_without_its_model(tmp_path, capsys, name, sentence):
+    config = {"peft_type": "LORA", "base_model_name_or_path": name}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["convert", str(tmp_path), str(tmp_path / "out"), "--log", "quiet"]) == 2
+    assert sentence in one_sentence(capsys.readouterr())
 
 
 def test_models_become_folders(files, tmp_path, capsys):
@@ -161,7 +182,7 @@ def folder_of(tmp_path, **content):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"adapter_config__json": "{}"}, "is a PEFT adapter, which cannot be converted; expected"),
+        ({"adapter_config__json": "{"}, "adapter_config.json is no JSON"),
         ({"config__json": "{}"}, "is neither that of a model, which has a 'model_type', nor that"),
         ({"config__json": "{"}, "config.json is no JSON"),
         ({"pytorch_model__bin": ""}, "has its weights in a pickle (pytorch_model.bin)"),

@@ -15,8 +15,10 @@ import pytest
 from flax import traverse_util
 from gguf import GGMLQuantizationType as Kind
 
+import lora_jax as lj
+from lora_jax.formats import read_model
 from lora_jax.formats.gguf import read_gguf
-from lora_jax.models.decoder import DecoderConfig, parameter_shapes
+from lora_jax.models.decoder import Decoder, DecoderConfig, parameter_shapes
 
 CONFIG = DecoderConfig(
     vocab_size=268,
@@ -204,6 +206,100 @@ def test_the_parameters_are_those_that_the_decoder_asks_for(tmp_path, scan_layer
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for leaf, shape in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert (leaf.shape, leaf.dtype) == (shape.shape, np.dtype(dtype))
+
+
+def of_q4_0(tensors, settings):
+    """All that is Q4_1 becomes Q4_0, with scales of either sign and of any size."""
+    rng = np.random.default_rng(1)
+    for name, (data, kind) in tensors.items():
+        if kind == Kind.Q4_1:
+            d = rng.normal(size=(len(data), data.shape[1] // 20, 1)).astype(np.float16)
+            d[::3] *= np.float16(1e-6)  # subnormal
+            codes = rng.integers(0, 256, (*d.shape[:2], 16), dtype=np.uint8)
+            blocks = np.concatenate([d.view(np.uint8), codes], axis=2)
+            tensors[name] = blocks.reshape(len(data), -1), Kind.Q4_0
+
+
+def of_mixed_kinds(tensors, settings):
+    rest = {name: tensors[name] for name in tensors if name.startswith("blk.1.")}
+    of_q4_0(rest, settings)
+    tensors |= rest
+
+
+def with_a_dense_layer(tensors, settings):
+    data, kind = tensors["blk.1.ffn_down.weight"]
+    tensors["blk.1.ffn_down.weight"] = gguf.dequantize(data, kind), None
+
+
+def without_packed_kernels(tensors, settings):
+    for name, (data, kind) in tensors.items():
+        if kind == Kind.Q4_1:
+            tensors[name] = gguf.dequantize(data, kind).astype(np.float16), None
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "scan_layers"),
+    [
+        (None, np.float32, True),
+        (None, jnp.bfloat16, False),
+        (of_q4_0, np.float32, True),
+        (of_mixed_kinds, np.float32, False),
+        (of_mixed_kinds, np.float32, True),
+    ],
+)
+def test_packed_kernels_are_those_that_are_read_otherwise(tmp_path, change, dtype, scan_layers):
+    """Bit for bit; and the gguf package decodes what is read otherwise.
+
+    Stacked layers of both kinds are all in Q4_1, and lose the sign of Q4_0's zeros.
+    """
+    path = write(tmp_path / "model.gguf", tied=False, change=change).path
+    dense, packed = (
+        read_gguf(path, dtype=dtype, scan_layers=scan_layers, packed=packed)
+        for packed in (False, True)
+    )
+    assert packed.config == dense.config
+    leaves = traverse_util.flatten_dict(packed.params, sep="/")
+    for name, values in traverse_util.flatten_dict(dense.params, sep="/").items():
+        leaf = leaves.pop(name)
+        if not name.endswith("/kernel") or "up_proj" in name:  # which the file has in 16 bits
+            assert isinstance(leaf, np.ndarray)
+        else:
+            in_q4_0 = change is of_q4_0 or (change is of_mixed_kinds and "layers_1" in name)
+            assert leaf.kind == ("q4_0" if in_q4_0 else "q4_1")
+            assert 8 * leaf.nbytes / leaf.size == (4.5 if in_q4_0 else 5.0)
+            leaf = np.asarray(lj.dequantize(leaf))
+        assert (leaf.dtype, leaf.shape) == (values.dtype, values.shape)
+        if change is of_mixed_kinds and scan_layers:
+            leaf, values = leaf + 0.0, values + 0.0  # -0 + 0 is 0
+        assert leaf.tobytes() == values.tobytes(), name
+    assert not leaves
+
+
+def test_a_packed_model_is_the_dense_one(tmp_path):
+    path = write(tmp_path / "model.gguf", tied=False).path
+    dense, packed = (read_gguf(path, packed=packed) for packed in (False, True))
+    apply = jax.jit(lj.adapt(Decoder(dense.config).apply))
+    ids = np.arange(12).reshape(2, 6)
+    logits = [apply({"params": one.params}, ids) for one in (dense, packed)]
+    np.testing.assert_array_equal(*map(np.asarray, logits))
+    report = lj.explain(Decoder(dense.config).apply)({"params": packed.params}, ids)
+    kernels = {name for name in report.uses if name.endswith("kernel")}
+    assert len(kernels) == 7  # six of a layer, and the head; one of a layer is in 16 bits
+    assert {report.status(name) for name in kernels} == {"factored"}
+
+
+def test_kernels_that_cannot_stay_packed(tmp_path):
+    path = write(tmp_path / "model.gguf", change=without_packed_kernels).path
+    sentence = (
+        "no kernel is stored as Q4_0 or Q4_1, and so none can stay packed; they are stored as"
+    )
+    with pytest.raises(ValueError, match=rf"{sentence} F16 \(14\)\."):
+        read_gguf(path, packed=True)
+    path = write(tmp_path / "mixed.gguf", change=with_a_dense_layer).path
+    with pytest.raises(ValueError, match=r"in layer 1 \(dense\) and in another before it \(q4_1\)"):
+        read_gguf(path, packed=True)
+    with pytest.raises(ValueError, match="is a folder of safetensors; only the kernels of a GGUF"):
+        read_model(tmp_path, packed=True)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from family_cases import CASES, write_family
 from hf_folder import GOLDEN, tensors, write_folder, write_json
 from safetensors import safe_open
 from tiny_model import CONFIG, EOS, TEMPLATE, write_model
@@ -63,6 +64,21 @@ def test_the_model_that_was_read_is_written(tmp_path, scan_layers, tied, expecte
     assert_equal((checkpoint.params, again.params))
     logits = Decoder(again.config).apply({"params": again.params}, GOLDEN["tokens"])
     np.testing.assert_allclose(logits, GOLDEN[expected], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2, no window", "gemma3_text", "qwen3_moe"])
+def test_models_of_any_family_are_written(tmp_path, case):
+    """With biases, norms of several sorts, experts, a tied head."""
+    source = write_family(tmp_path / "source", CASES[case])
+    for scan_layers in (True, False):
+        checkpoint = read_model(source, scan_layers=scan_layers)
+        write_hf(tmp_path / "written", checkpoint, shard_size=30_000)
+        expected, found = saved(source), saved(tmp_path / "written")
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values)
+        config = json.loads((tmp_path / "written" / "config.json").read_text())
+        assert config == {**CASES[case], "torch_dtype": "float32"}
 
 
 def test_the_files_of_a_folder_are_carried_over(tmp_path):

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from tiny_model import CONFIG
 
 import lora_jax as lj
-from lora_jax.formats import peft
+from lora_jax.formats import whole
 from lora_jax.formats.peft import write_peft
+from lora_jax.formats.peft.write import alpha_of
 from lora_jax.models.decoder import parameter_shapes, unstack_layers
 
 # Decoder part, transformers module, in, out; the decoder has two layers of width 64.
@@ -36,15 +37,12 @@ KEYS = {  # of the minimal config that older readers know
 
 def grown(rules, *, train=(), config=CONFIG):
     """Adapters of a scanned decoder with random B, as if they had been trained."""
-    shapes = parameter_shapes(config)
-    base = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+    base = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), parameter_shapes(config))
     rules = [dataclasses.replace(rule, layout="b i o") for rule in rules]
-    adapters = lj.init_adapters(jax.random.key(1), base, rules, train=train)
-    leaves, treedef = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    return jax.tree.unflatten(
-        treedef, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    )
+    key = jax.random.key(1)
+    adapters = jax.eval_shape(lambda: lj.init_adapters(key, base, rules, train=train))
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), adapters)
 
 
 def read(folder):
@@ -112,6 +110,22 @@ def test_rank_stabilized_scaling_is_kept_as_a_scale(tmp_path):
     assert config["lora_alpha"] / config["r"] == 6 / np.sqrt(4)
 
 
+def test_rank_stabilized_scaling_that_no_alpha_gives(tmp_path):
+    """No float64 divided by 5 is 8 / sqrt(5); 8 divided by sqrt(5) is."""
+    rule = lj.LoraRule("q_proj", rank=5, alpha=8, rslora=True)
+    write_peft(tmp_path, grown([rule]), base_model="x")
+    config, _ = read(tmp_path)
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (5, 8, True)
+    product = rule.scale * 5
+    nearby = [product, np.nextafter(product, 0), np.nextafter(product, 99)]
+    assert all(x / 5 != rule.scale for x in nearby)
+
+
+@pytest.mark.parametrize(("alpha", "rank"), [(5.0, 3), (0.1, 7), (16, 24), (1e-3, 49), (0.0, 3)])
+def test_alphas_come_back_as_they_were_chosen(alpha, rank):
+    assert alpha_of(alpha / rank, rank) == alpha
+
+
 def test_a_kind_that_not_every_layer_has(tmp_path):
     adapters = unstack_layers(grown([lj.LoraRule("(q|v)_proj", rank=4)]))
     adapters["layers_1"]["attn"]["q_proj"]["kernel"] = None
@@ -147,8 +161,21 @@ def test_another_dtype_on_disk(tmp_path):
         ({"w": None}, "the tree holds no adapters"),
         ({"w": lj.Adapter(jnp.ones((1, 2)), jnp.ones((3, 1)))}, "w has no place in a PEFT adapter"),
         (
-            {"embed": {"embedding": lj.Adapter(jnp.ones((1, 2)), jnp.ones((3, 1)))}},
-            "embed/embedding has no place in a PEFT adapter",
+            {"layers": {"q_proj": {"kernel": lj.Adapter(jnp.ones((1, 2)), jnp.ones((3, 1)))}}},
+            "batch axes (), and its torch name 'model.layers.{}.q_proj' numbers 1",
+        ),
+        (
+            {
+                "layers_0": {
+                    "q_proj": {"kernel": None, "bias": jnp.ones(2)},
+                    "up_proj": {"kernel": lj.Adapter(jnp.ones((1, 2)), jnp.ones((3, 1)))},
+                }
+            },
+            "only some leaves of the module model.layers.0.q_proj are trained whole",
+        ),
+        (
+            {"layers": {"norm": {"scale": jnp.ones((2, 3, 4, 5))}}},
+            "layers/norm/scale is trained whole and has axes (3, 4, 5)",
         ),
         (
             {
@@ -165,14 +192,18 @@ def test_trees_that_have_no_place_in_a_folder(tmp_path, adapters, sentence):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, monkeypatch, fails_at):
     write_peft(tmp_path, grown([lj.LoraRule("q_proj")]), base_model="first")
     before = read(tmp_path)
+    calls = []
 
     def fsync(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(peft.os, "fsync", fsync)
+    monkeypatch.setattr(whole.os, "fsync", fsync)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         write_peft(tmp_path, grown([lj.LoraRule("up_proj")]), base_model="second")
     after = read(tmp_path)

@@ -46,8 +46,11 @@ NAMES = {
 }
 
 
-def write_model(path: Path, template: str | None = TEMPLATE) -> Path:
-    """Writes the model, whose tokens are single characters, and its chat template if it has one."""
+def write_model(path: Path, template: str | None = TEMPLATE, kind: str = "F32") -> Path:
+    """Writes the model, whose tokens are single characters, and its chat template if it has one.
+
+    Kernels are stored as `kind`, and all else in float32.
+    """
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(CONFIG.vocab_size)
@@ -73,7 +76,11 @@ def write_model(path: Path, template: str | None = TEMPLATE) -> Path:
             values = np.ones(size) if name.endswith("scale") else rng.normal(size=size) * 0.1
             values = values if name.startswith("embed") else values.T  # kernels as [out, in]
             tensor = NAMES[name.removeprefix("layers/")]
-            writer.add_tensor(f"{prefix}{tensor}.weight", values.astype(np.float32))
+            values, stored = values.astype(np.float32), gguf.GGMLQuantizationType.F32
+            if name.endswith("kernel"):
+                stored = gguf.GGMLQuantizationType[kind]
+                values = gguf.quantize(np.ascontiguousarray(values), stored)
+            writer.add_tensor(f"{prefix}{tensor}.weight", values, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 from lora_jax.checkpoint import save_adapters
 from lora_jax.cli.failures import CliError, on_interrupt, sentences, writing
 from lora_jax.cli.found import KINDS, Found, look
-from lora_jax.cli.options import LogOptions, ModelOptions, at_least
+from lora_jax.cli.options import Base, LogOptions, ModelOptions, at_least
 from lora_jax.cli.parsing import from_run, read_object
 from lora_jax.cli.problem import HUB_NAMES, load_adapter, load_model
 from lora_jax.cli.report import Reporter, Rounds, mebibytes
@@ -24,7 +24,7 @@ from lora_jax.formats.folder import require_replaceable
 from lora_jax.formats.hf import read_descriptions
 from lora_jax.formats.hf_write import DTYPES, check_target, write_hf
 from lora_jax.formats.outline import read_outline
-from lora_jax.formats.peft import write_peft
+from lora_jax.formats.peft import read_peft, write_peft
 from lora_jax.formats.sources import SourceError, fetch
 from lora_jax.models.decoder import parameter_shapes
 
@@ -36,15 +36,16 @@ class Subject:
     """What to convert, and into what."""
 
     source: Positional[Annotated[str, arg(metavar="SRC")]]
-    """The folder of a run or of an adapter, or a model, as for finetune --model."""
+    """The folder of a run or of an adapter, ours or PEFT's, or a model, as for finetune --model."""
     destination: Positional[Annotated[Path, arg(metavar="DST")]]
     """A new folder, or an older one of the same kind, which is replaced."""
     to: Literal["hf", "peft", "lora-jax"] = "hf"
     """hf: a whole model for transformers, into which an adapter is merged; peft: the adapter alone,
     for peft; lora-jax: the adapter alone, for lj.load_adapters and --adapter."""
     model: Annotated[str | None, arg(metavar="SOURCE")] = None
-    """The model of an adapter, as for finetune --model; if not given, that of its run."""
-    base: Literal["nf4", "fp4", "int4", "af4", "bfloat16", "float32"] | None = None
+    """The model of an adapter, as for finetune --model; if not given, that of its run, or the one
+    that PEFT's config names."""
+    base: Base | None = None
     """How the model's kernels are stored before that, as for finetune --base: of a run as it was
     trained, if not given, else float32. For hf."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -82,6 +83,7 @@ def start(argv: Sequence[str]) -> Config | None:
 ADAPTERS: Mapping[str, Callable[[Path, Any], Any]] = {
     "run": load_adapter,
     "adapter": load_adapter,
+    "peft": read_peft,
 }
 MODELS = ("hf", "gguf")
 
@@ -177,12 +179,16 @@ def _model_options(found: Found, options: Subject) -> ModelOptions:
     )
 
 
-def _named_model(found: Found) -> str | None:
-    """The model that PEFT's config names, as `fetch` takes it."""
+def _peft_name(found: Found) -> str | None:
+    """What PEFT's config calls the model of an adapter, if that is what was found."""
     if found.kind != "peft":
         return None
-    name = read_object(found.path / "adapter_config.json").get("base_model_name_or_path")
-    if not name:
+    return read_object(found.path / "adapter_config.json").get("base_model_name_or_path")
+
+
+def _named_model(found: Found) -> str | None:
+    """The same as `fetch` takes it."""
+    if not (name := _peft_name(found)):
         return None
     known = {hub: own for own, hub in HUB_NAMES.items()}
     return known.get(name) or (name if Path(name).exists() else f"hf:{name}")
@@ -244,8 +250,9 @@ def _adapter(found: Found, options: Subject) -> tuple[Any, str]:
     """The adapter, and what others call its model, of which no weight is read."""
     model = _model_options(found, options).model
     outline = read_outline(fetch(model))
-    shapes = parameter_shapes(outline.config())
-    return ADAPTERS[found.kind](found.path, shapes), HUB_NAMES.get(model, outline.name)
+    adapters = ADAPTERS[found.kind](found.path, parameter_shapes(outline.config()))
+    name = None if options.model else _peft_name(found)
+    return adapters, name or HUB_NAMES.get(model, outline.name)
 
 
 def _dtype(options: Subject) -> Any:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -17,13 +17,14 @@ from tyro.conf import Positional, arg
 
 from lora_jax.cli.failures import CliError, sentences
 from lora_jax.cli.found import look
-from lora_jax.cli.options import LogOptions, ModelOptions, at_least
+from lora_jax.cli.options import Base, LogOptions, ModelOptions, at_least
 from lora_jax.cli.parsing import read_object
-from lora_jax.cli.problem import KERNELS, LAYOUT
+from lora_jax.cli.problem import LAYOUT, read_for, stored_as
 from lora_jax.cli.report import Reporter, mebibytes
 from lora_jax.cli.run_folder import RunFolder
+from lora_jax.core.codebooks import GGUF_KINDS
 from lora_jax.core.rules import LoraRule
-from lora_jax.core.tree import init_adapters, quantize
+from lora_jax.core.tree import init_adapters
 from lora_jax.data.records import read_records
 from lora_jax.formats.outline import Header, Outline, read_outline, safetensors_headers
 from lora_jax.models.decoder import parameter_shapes
@@ -40,8 +41,8 @@ class Subject:
     source: Positional[Annotated[str, arg(metavar="SOURCE")]] = ModelOptions.model
     """A model, as for finetune --model; the folder of a run or of an adapter, ours or PEFT's; a
     safetensors file; or a file of records."""
-    base: Literal["nf4", "fp4", "int4", "af4", "float32"] = "float32"
-    """How to store a model's kernels, as for finetune --base."""
+    base: Base = "float32"
+    """How a model's kernels are stored, as for finetune --base."""
     targets: str | None = None
     """Weights of a model to adapt: a regular expression, as for finetune --targets."""
     rank: int = 16
@@ -133,12 +134,13 @@ def model(path: Path, subject: Subject, reporter: Reporter) -> None:
     )
 
     def trees(params: Any) -> tuple[Any, Any]:
-        base = params
-        if subject.base != "float32":
-            base = quantize(params, KERNELS, kind=subject.base, layout=LAYOUT)
+        base = stored_as(subject.base, params)
         return base, init_adapters(jax.random.key(0), base, rules, train=subject.whole)
 
     shapes = parameter_shapes(outline.config())
+    if subject.base in GGUF_KINDS:  # which kernels are in them is known once they are read
+        params = read_for(subject.base, subject.source).params
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     reporter.plan(*jax.eval_shape(trees, shapes))  # shapes alone: nothing is computed
 
 

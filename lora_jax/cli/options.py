@@ -39,6 +39,10 @@ Escaped = Annotated[
 ]
 
 
+# How kernels are stored: 4 bits that they are given, 4 bits that the file has, or dense.
+Base = Literal["nf4", "fp4", "int4", "af4", "q4_0", "q4_1", "bfloat16", "float32"]
+
+
 def at_least(group: Any, least: float, *names: str) -> None:
     """Holds options to a smallest value; those that are None are not given.
 
@@ -58,8 +62,9 @@ class ModelOptions:
     model: Annotated[str, arg(metavar="SOURCE")] = "smollm2-135m-instruct"
     """Where it comes from: a GGUF file, a folder with config.json and safetensors,
     hf:OWNER/NAME[@REVISION], pypi:NAME==VERSION/MEMBER, or the name of a known one."""
-    base: Literal["nf4", "fp4", "int4", "af4", "bfloat16", "float32"] = "nf4"
-    """How the layers' kernels are stored; 4-bit kinds are double-quantized."""
+    base: Base = "nf4"
+    """How the layers' kernels are stored. nf4, fp4, int4 and af4 are double-quantized; q4_0 and
+    q4_1 are a GGUF file's own 4 bits, which stay as they are."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations; bfloat16 is mixed precision: adapters, optimizer and losses stay float32."""
     remat: Literal["none", "nothing_saveable", "dots_saveable"] = "none"

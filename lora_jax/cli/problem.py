@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from lora_jax import data
 from lora_jax.checkpoint import load_adapters
 from lora_jax.cli.failures import CliError, sentences
-from lora_jax.cli.options import DataOptions, ModelOptions
-from lora_jax.core.tree import quantize
+from lora_jax.cli.options import Base, DataOptions, ModelOptions
+from lora_jax.core.codebooks import GGUF_KINDS
+from lora_jax.core.leaves import QuantizedArray
+from lora_jax.core.tree import named_leaves, quantize
 from lora_jax.data import templates
 from lora_jax.formats import Checkpoint, read_model
 from lora_jax.formats.sources import SourceError, fetch
@@ -61,12 +63,8 @@ def load_model(options: ModelOptions) -> Model:
       CliError: if there is no such model, or it cannot be read.
     """
     with sentences(SourceError, ValueError, OSError):
-        half = options.base == "bfloat16"
-        checkpoint = read_model(options.model, dtype=jnp.bfloat16 if half else jnp.float32)
-        base = checkpoint.params
-        if options.base not in ("float32", "bfloat16"):
-            base = quantize(base, KERNELS, kind=options.base, layout=LAYOUT)
-        base = jax.device_put(base)
+        checkpoint = read_for(options.base, options.model)
+        base = jax.device_put(stored_as(options.base, checkpoint.params))
     config = dataclasses.replace(
         checkpoint.config,
         dtype=jnp.dtype(options.dtype),
@@ -78,6 +76,32 @@ def load_model(options: ModelOptions) -> Model:
         dataclasses.replace(checkpoint, params={}),
         HUB_NAMES.get(options.model, checkpoint.name),
     )
+
+
+def read_for(base: Base, source: str) -> Checkpoint:
+    """The model, with kernels still packed if that is how the base is to keep them.
+
+    Raises:
+      SourceError, ValueError, OSError: as `read_model`; or if the file keeps none in that kind.
+    """
+    packed = base in GGUF_KINDS
+    dtype = jnp.bfloat16 if base == "bfloat16" else jnp.float32
+    checkpoint = read_model(source, dtype=dtype, packed=packed)
+    leaves = [leaf for _, leaf in named_leaves(checkpoint.params)]
+    kinds = sorted({leaf.kind for leaf in leaves if isinstance(leaf, QuantizedArray)})
+    if packed and base not in kinds:
+        raise ValueError(
+            f"--base is {base}, and the kernels of {checkpoint.name} are in {' and '.join(kinds)}; "
+            f"write --base {kinds[0]}"
+        )
+    return checkpoint
+
+
+def stored_as(base: Base, params: Any) -> Any:
+    """The parameters that `read_for` has read, in the base's kind. Works on abstract trees too."""
+    if base in ("float32", "bfloat16", *GGUF_KINDS):
+        return params
+    return quantize(params, KERNELS, kind=base, layout=LAYOUT)
 
 
 def load_adapter(path: Path, base: Any) -> Any:

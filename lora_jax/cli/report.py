@@ -75,7 +75,7 @@ class Reporter:
         count = count_params(base, adapters)
         trained = sum(row[-1] != "-" for row in rows)
         self.say()
-        self.table(("weight", "shape", "stored as", "MiB", "adapter", "trained"), rows)
+        self.table(("weight", "shape", "stored as", "bits", "MiB", "adapter", "trained"), rows)
         self.say(f"{trained} of {len(rows)} weights are adapted: {count}.")
         self.say()
         self.event("plan", trainable=count.trainable, total=count.total)
@@ -174,7 +174,10 @@ class Rounds:
 
 
 def _described(named: tuple[str, Any]) -> tuple[str, ...]:
-    """A row of the plan: a weight's path and shape, how it is stored and what is trained of it."""
+    """A row of the plan: a weight's path and shape, how it is stored and what is trained of it.
+
+    Bits are those of a parameter, with its share of the scales.
+    """
     path, leaf = named
     base, adapter, trained = leaf, "-", "-"
     if isinstance(leaf, AdaptedArray):
@@ -182,8 +185,10 @@ def _described(named: tuple[str, Any]) -> tuple[str, ...]:
         trained = f"{count_params(base, leaf.adapter).trainable:,}"
         adapter = "whole" if leaf.is_replaced else f"r={leaf.adapter.rank}"
     kind = base.kind if isinstance(base, QuantizedArray) else str(base.dtype)
-    size = mebibytes(count_params(base, None).frozen_bytes)
-    return path, "x".join(map(str, base.shape)), kind, size, adapter, trained
+    count = count_params(base, None)
+    bits = f"{8 * count.frozen_bytes / count.frozen:.4g}"
+    size = mebibytes(count.frozen_bytes)
+    return path, "x".join(map(str, base.shape)), kind, bits, size, adapter, trained
 
 
 def shown(name: str, value: float) -> str:

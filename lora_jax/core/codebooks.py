@@ -1,6 +1,8 @@
 """The sixteen levels of each 4-bit kind, and the 256 of double-quantized scales (NumPy only).
 
-A level times its block's scale (the largest magnitude in the block) is the decoded value.
+A level times its block's scale is the decoded value. The scale is the largest magnitude in the
+block, or the distance between two levels for the kinds of GGUF, of which `"q4_1"` also adds the
+block's minimum.
 """
 
 from __future__ import annotations
@@ -33,7 +35,13 @@ AF4_64 = (
 # Symmetric integers -7..7 over 7, the uniform baseline. Code 0 (-8/7) is decoded but never written.
 INT4 = tuple((code - 8) / 7 for code in range(16))
 
-KINDS = ("nf4", "fp4", "int4", "af4")
+# The integers of GGUF's Q4_0 and Q4_1, which keep a scale (and Q4_1 a minimum) in float16 for each
+# block: of 32 in GGUF's files, and here of any size. Times a float16 they are exact in float32.
+Q4_0 = tuple(range(-8, 8))
+Q4_1 = tuple(range(16))
+GGUF_KINDS = ("q4_0", "q4_1")
+
+KINDS = ("nf4", "fp4", "int4", "af4", *GGUF_KINDS)
 
 
 @functools.lru_cache
@@ -41,7 +49,7 @@ def codebook(kind: str, block_size: int) -> np.ndarray:
     """The level of each of the sixteen codes.
 
     Args:
-      kind: `"nf4"`, `"fp4"`, `"int4"` or `"af4"`.
+      kind: one of `KINDS`.
       block_size: elements a block; only `"af4"` depends on it.
 
     Returns:
@@ -57,6 +65,10 @@ def codebook(kind: str, block_size: int) -> np.ndarray:
         levels = np.concatenate([positive, 0 - positive])  # code 8 is +0, as bitsandbytes has it
     elif kind == "int4":
         levels = np.array(INT4, np.float32)
+    elif kind == "q4_0":
+        levels = np.array(Q4_0, np.float32)
+    elif kind == "q4_1":
+        levels = np.array(Q4_1, np.float32)
     elif kind == "af4":
         levels = np.array(AF4_64, np.float32) if block_size == 64 else _abnormal_float(block_size)
     else:

@@ -50,16 +50,18 @@ class QuantizedArray:
       - A block is `block_size` neighbours along `in`, and never crosses a row.
       - Scales are float32 a block, or double-quantized: an 8-bit code a block, one float32 for
         each group of 256 consecutive blocks of one matrix (row-major; groups restart at each
-        leading index), and one float32 offset a matrix.
+        leading index), and one float32 offset a matrix. The kinds of GGUF, `"q4_0"` and `"q4_1"`,
+        have float16 scales and are never double-quantized; `"q4_1"` has a float16 minimum too.
       - `layout` and `axis_sizes` describe the trailing, non-batch axes of the parameter as the
         model sees it; `shape` is that parameter's shape, whatever the storage.
 
     Attributes:
       codes: uint8 `[b..., out, in/2]`.
-      scales: float32 `[b..., out, in/G]`, or uint8 of the same shape when double-quantized.
+      scales: float32 or float16 `[b..., out, in/G]`, or uint8 when double-quantized.
       group_scales: float32 `[b..., ceil(out*in/G/256)]`, or None.
       offset: float32 `[b...]`, or None.
-      minimum: float32 `[b..., out, in/G]` added to every value of a block (affine kinds), or None.
+      minimum: `[b..., out, in/G]` in the scales' dtype, added to every value of a block (affine
+        kinds), or None.
       kind: name of the codebook, such as `"nf4"`.
       block_size: G, in elements.
       dtype: the dtype the weight had, and decodes to.
@@ -109,7 +111,7 @@ class QuantizedArray:
     def __repr__(self) -> str:
         if not hasattr(self.codes, "shape"):  # a tree of something else, such as shardings
             return f"QuantizedArray(codes={self.codes!r}, scales={self.scales!r}, ...)"
-        scales = "double-quantized" if self.group_scales is not None else "float32"
+        scales = "double-quantized" if self.group_scales is not None else self.scales.dtype
         return (
             f"QuantizedArray({self.kind}, shape={self.shape}, dtype={self.dtype}, "
             f"layout={self.layout!r}, block_size={self.block_size}, {scales} scales)"

@@ -2,6 +2,7 @@
 
 Each block of G neighbours along the contracted axis is divided by its largest magnitude and every
 value takes the nearest of sixteen levels. The codes are those of bitsandbytes on CPU, bit for bit.
+The kinds of GGUF take integers instead, and are those of its own quantizer, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.codebooks import KINDS, decision_points, scale_codebook
+from lora_jax.core.codebooks import GGUF_KINDS, KINDS, decision_points, scale_codebook
 from lora_jax.core.leaves import (
     QuantizedArray,
     is_array,
@@ -24,6 +25,7 @@ from lora_jax.core.leaves import (
 from lora_jax.kernels import xla
 
 LARGEST = 1e37  # beyond it the mean of the scales, which double quantization takes, may overflow
+LARGEST_OF_GGUF = 65504.0  # of a float16, in which its kinds keep a block's minimum
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -42,11 +44,15 @@ def quantize_array(
     A block whose largest magnitude is below float32's smallest normal number decodes to within
     that number of zero.
 
+    The kinds of GGUF are what llama.cpp writes at block size 32: `"q4_0"` is `(code - 8) * d` in
+    4.5 bits a parameter, `"q4_1"` is `code * d + m` in 5, with d and m in float16 whatever
+    `double_quant` says. They are for weights between about 1e-5 and 65504.
+
     Args:
       w: float16, bfloat16 or float32 array of two or more axes.
-      kind: `"nf4"`, `"fp4"`, `"int4"` (uniform, -7..7) or `"af4"`.
+      kind: `"nf4"`, `"fp4"`, `"int4"` (uniform, -7..7), `"af4"`, `"q4_0"` or `"q4_1"`.
       block_size: elements that share a scale: 32, 64, ... 4096; divides the contracted size.
-      double_quant: whether to store the scales in 8 bits.
+      double_quant: whether to store the scales in 8 bits; not for the kinds of GGUF.
       layout: which axes are contracted (`i`), produced (`o`) or batch (`b`, leading): `"i o"` for
         Flax kernels (the default for matrices), `"o i"` for Equinox weights and embeddings,
         `"i o o"` and `"i i o"` for DenseGeneral, `"b i o"` for scanned layers and experts.
@@ -58,7 +64,8 @@ def quantize_array(
     Raises:
       TypeError: if `w` is no array, or its dtype is not one of the three.
       ValueError: for an unknown kind, block size or layout, a contracted size that the block size
-        does not divide, and values that are NaN, infinite or above 1e37 (not seen under jit).
+        does not divide, and values that are NaN, infinite or above 1e37, or above 65504 for the
+        kinds of GGUF (not seen under jit).
     """
     if not is_array(w):
         raise TypeError(f"{name} is {type(w).__name__}, expected an array of floats")
@@ -84,21 +91,26 @@ def quantize_array(
             f"{layout!r}), which blocks of {block_size} do not divide; "
             + (f"write block_size={fitting[-1]}" if fitting else "leave it out of the pattern")
         )
-    if is_concrete(w) and not bool(jnp.abs(jnp.asarray(w)).max() < LARGEST):
+    largest = LARGEST_OF_GGUF if kind in GGUF_KINDS else LARGEST
+    if is_concrete(w) and not bool(jnp.abs(jnp.asarray(w)).max() <= largest):
         raise ValueError(
-            f"{name} holds values that are NaN, infinite or above {LARGEST:g}; repair the "
+            f"{name} holds values that are NaN, infinite or above {largest:g}; repair the "
             "checkpoint first"
         )
 
-    codes, absmax = _encode(jnp.asarray(w), kind, block_size, layout)
-    scales, group_scales, offset = (
-        _double_quantize(absmax) if double_quant else (absmax, None, None)
-    )
+    group_scales = offset = minimum = None
+    if kind in GGUF_KINDS:
+        codes, scales, minimum = _encode_as_gguf(jnp.asarray(w), kind, block_size, layout)
+    else:
+        codes, scales = _encode(jnp.asarray(w), kind, block_size, layout)
+        if double_quant:
+            scales, group_scales, offset = _double_quantize(scales)
     return QuantizedArray(
         codes,
         scales,
         group_scales,
         offset,
+        minimum,
         kind=kind,
         block_size=block_size,
         dtype=dtype,
@@ -134,8 +146,42 @@ def _encode(w: jax.Array, kind: str, block_size: int, layout: str) -> tuple[jax.
     reciprocal = jnp.where(tiny, np.float32(1e38), 1.0 / jnp.where(tiny, 1.0, absmax))
     midpoints, order = decision_points(kind, block_size)
     codes = _nearest(blocks * reciprocal[..., None], midpoints, order)
-    pairs = codes.reshape(*m.shape[:-1], -1, 2)
-    return (pairs[..., 0] << 4) | pairs[..., 1], absmax
+    return _packed(codes), absmax
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "block_size", "layout"))
+def _encode_as_gguf(
+    w: jax.Array, kind: str, block_size: int, layout: str
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Codes as `_encode`'s, float16 scales, and for `"q4_1"` the minimum, `[b..., out, in/G]`.
+
+    Q4_0 has its value of largest magnitude at code 0, the first of them if there are two, so that
+    a scale may be negative. Codes are found with the scale before it is rounded to float16.
+    """
+    m = to_matrix(w, layout).astype(jnp.float32)
+    blocks = m.reshape(*m.shape[:-1], -1, block_size)
+    if kind == "q4_0":
+        at = jnp.argmax(jnp.abs(blocks), -1, keepdims=True)
+        start, zero = jnp.zeros((), jnp.float32), 8.0
+        scales = jnp.take_along_axis(blocks, at, -1) / -8.0
+    else:
+        start, zero = blocks.min(-1, keepdims=True), 0.0
+        spread = blocks.max(-1, keepdims=True) - start
+        # XLA multiplies by 1/15 where it sees a constant, which rounds differently.
+        scales = spread / jnp.where(spread > 0, 15.0, 1.0)
+    tiny = jnp.abs(scales) < np.finfo(np.float32).tiny  # zeros in float16, whatever the codes
+    reciprocal = jnp.where(tiny, 0.0, 1.0 / jnp.where(tiny, 1.0, scales))
+    # The bound changes no code; like that of `kernels.xla` it keeps product and sum apart.
+    steps = jnp.maximum((blocks - start) * reciprocal, -8.0) + (zero + 0.5)
+    codes = jnp.minimum(steps, 15.0).astype(jnp.uint8)
+    minimum = None if kind == "q4_0" else start[..., 0].astype(jnp.float16)
+    return _packed(codes), scales[..., 0].astype(jnp.float16), minimum
+
+
+def _packed(codes: jax.Array) -> jax.Array:
+    """Codes in blocks `[b..., out, in/G, G]` as bytes `[b..., out, in/2]`."""
+    pairs = codes.reshape(*codes.shape[:-2], -1, 2)
+    return (pairs[..., 0] << 4) | pairs[..., 1]
 
 
 def _nearest(x: jax.Array, midpoints: np.ndarray, order: np.ndarray) -> jax.Array:

@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.leaves import QuantizedArray
 from lora_jax.core.merge import merged
+from lora_jax.core.rules import path_string
 from lora_jax.core.tree import combine, named_leaves
 from lora_jax.models.decoder import DecoderConfig, parameter_shapes
 
@@ -84,38 +85,43 @@ class Place(NamedTuple):
 
     Attributes:
       path: Of the leaf, such as `layers/attn/q_proj/kernel`.
-      layer: Index on the leaf's leading axis, None for what is not in a layer.
+      leading: Index on the leaf's leading axes: of the layer and expert, if it belongs to one.
     """
 
     path: str
-    layer: int | None = None
+    leading: tuple[int, ...] = ()
 
     def shape(self, params: Any) -> tuple[int, ...]:
         """The shape that the tensor is stored in: kernels as [out, in], all else as it is."""
-        leaf = _at(params, self.path)
-        shape = leaf.shape if self.layer is None else leaf.shape[1:]
+        shape = _at(params, self.path).shape[len(self.leading) :]
         return shape[::-1] if self.path.endswith("/kernel") else shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """How a format calls the tensors of a decoder.
+    """How a format calls the tensors of a decoder, whether or not a decoder has all of them.
 
     Attributes:
       whole: A path for each name.
       layered: The same for the tensors of a layer, whose number stands in the name as `{}`.
+      expert: The same for the tensors of a layer's expert, whose number follows as a second `{}`.
     """
 
     whole: Mapping[str, str]
     layered: Mapping[str, str]
+    expert: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def places(self, config: DecoderConfig) -> dict[str, Place]:
-        """Every tensor that the decoder needs, and where it belongs."""
+    def places(self, config: DecoderConfig, params: Any) -> dict[str, Place]:
+        """Every tensor that the decoder of these parameters needs, and where it belongs."""
         found = {name: Place(path) for name, path in self.whole.items()}
         for layer in range(config.num_layers):
-            found |= {name.format(layer): Place(p, layer) for name, p in self.layered.items()}
-        if config.tied_head:
-            return {name: place for name, place in found.items() if place.path != "lm_head/kernel"}
+            found |= {name.format(layer): Place(p, (layer,)) for name, p in self.layered.items()}
+            for expert in range(config.num_experts):
+                index = (layer, expert)
+                found |= {name.format(*index): Place(p, index) for name, p in self.expert.items()}
+        leaves = {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+        found = {name: place for name, place in found.items() if place.path in leaves}
+        assert leaves == {place.path for place in found.values()}
         return found
 
 
@@ -165,23 +171,26 @@ def assemble(
         nothing is read then; or if layers that are to be stacked are stored in different ways.
     """
     config = dataclasses.replace(config, scan_layers=True)
-    shapes, places = parameter_shapes(config), naming.places(config)
+    shapes = parameter_shapes(config)
+    places = naming.places(config, shapes)
     _compare({name: place.shape(shapes) for name, place in places.items()}, tensors)
     leaves: dict[str, Any] = {}
     for tensor in tensors:
-        path, layer = places[tensor.name]
+        path, leading = places[tensor.name]
+        sizes = _at(shapes, path).shape[: len(leading)]
         values = tensor.read()
         if store is not None and not isinstance(values, QuantizedArray):
             values = store(path, values)
         leaf = _as_parameter(values, path, config.param_dtype)
-        if layer is None:
+        if leading and not scan_layers:
+            path = path.replace("layers/", f"layers_{leading[0]}/", 1)
+            leading, sizes = leading[1:], sizes[1:]
+        if not leading:
             leaves[path] = leaf
-        elif scan_layers:
-            if path not in leaves:
-                leaves[path] = _room_for(leaf, config.num_layers)
-            _put(leaves[path], layer, leaf, path)
-        else:
-            leaves[path.replace("layers/", f"layers_{layer}/", 1)] = leaf
+            continue
+        if path not in leaves:
+            leaves[path] = _room_for(leaf, sizes)
+        _put(leaves[path], leading, leaf, path)
     return dataclasses.replace(config, scan_layers=scan_layers), _nested(leaves)
 
 
@@ -211,19 +220,19 @@ def disassemble(
     _require(expected, {path: tuple(leaf.shape) for path, leaf in leaves.items()})
     shapes = parameter_shapes(dataclasses.replace(config, scan_layers=True))
     tensors = []
-    for name, place in naming.places(config).items():
-        path, index = place.path, () if place.layer is None else (place.layer,)
-        if index and not config.scan_layers:
-            path, index = path.replace("layers/", f"layers_{place.layer}/", 1), ()
-        read = functools.partial(_as_stored, leaves[path], index, place.path, dtype)
+    for name, place in naming.places(config, shapes).items():
+        path, leading = place
+        if leading and not config.scan_layers:
+            path, leading = path.replace("layers/", f"layers_{leading[0]}/", 1), leading[1:]
+        read = functools.partial(_as_stored, leaves[path], leading, path, dtype)
         tensors.append(Tensor(name, place.shape(shapes), read))
     return tensors
 
 
-def _as_stored(leaf: Any, index: tuple[int, ...], path: str, dtype: DTypeLike) -> np.ndarray:
+def _as_stored(leaf: Any, leading: tuple[int, ...], path: str, dtype: DTypeLike) -> np.ndarray:
     """The share of a leaf at an index on its leading axes, dense; kernels as [out, in]."""
     with np.errstate(over="ignore"):  # whoever writes infinite values looks for them
-        values = np.asarray(merged(jax.tree.map(operator.itemgetter(index), leaf), dtype), dtype)
+        values = np.asarray(merged(jax.tree.map(operator.itemgetter(leading), leaf), dtype), dtype)
     return values.T if path.endswith("/kernel") else values
 
 
@@ -253,24 +262,24 @@ def _as_parameter(values: np.ndarray | QuantizedArray, path: str, dtype: Any) ->
     return np.array(values.T if path.endswith("/kernel") else values, dtype, order="C")
 
 
-def _room_for(leaf: Any, layers: int) -> Any:
-    return jax.tree.map(lambda x: np.empty((layers, *x.shape), x.dtype), leaf)
+def _room_for(leaf: Any, sizes: tuple[int, ...]) -> Any:
+    return jax.tree.map(lambda x: np.empty((*sizes, *x.shape), x.dtype), leaf)
 
 
 def _structure(leaf: Any) -> Any:
     return jax.tree.structure(leaf)
 
 
-def _put(stacked: Any, layer: int, leaf: Any, path: str) -> None:
+def _put(stacked: Any, leading: tuple[int, ...], leaf: Any, path: str) -> None:
     there, here = map(_structure, (stacked, leaf))
     if there != here:
         ways = ["dense" if isinstance(x, np.ndarray) else str(x.kind) for x in (leaf, stacked)]
         raise ValueError(
-            f"{path} is stored in one way in layer {layer} ({ways[0]}) and in another before it "
-            f"({ways[1]}), so that layers cannot be stacked; write scan_layers=False"
+            f"{path} is stored in one way in layer {leading[0]} ({ways[0]}) and in another before "
+            f"it ({ways[1]}), so that layers cannot be stacked; write scan_layers=False"
         )
     for room, x in zip(jax.tree.leaves(stacked), jax.tree.leaves(leaf), strict=True):
-        room[layer] = x
+        room[leading] = x
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:

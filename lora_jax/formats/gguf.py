@@ -6,14 +6,18 @@ head where the decoder turns (j, j + H/2). Reading undoes both::
 
     blk.{i}.attn_q.weight  [N * H, D]  ->  layers/attn/q_proj/kernel[i]  [D, N * H]
 
+Kernels in Q4_0 and Q4_1 may stay in their four bits. Blocks lie along `in`, so that rows change
+places as they are, and nothing is rounded a second time.
+
 Shapes: D model width, N heads, H head width, L layers.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from lora_jax.core.leaves import QuantizedArray
 from lora_jax.formats.checkpoint import (
     Checkpoint,
     Naming,
@@ -30,7 +35,7 @@ from lora_jax.formats.checkpoint import (
     assemble,
     digest,
 )
-from lora_jax.models.decoder import DecoderConfig
+from lora_jax.models.decoder import DecoderConfig, parameter_shapes
 from lora_jax.models.families import from_gguf
 
 _NAMING = Naming(
@@ -52,12 +57,20 @@ _NAMING = Naming(
     },
 )
 
+# The types that a kernel may stay in, by what the core calls them.
+_PACKED = {"Q4_0": "q4_0", "Q4_1": "q4_1"}
+_BLOCK = 32  # elements of a block of either
+
 # What a tokenizer is built from: tokens, their types and the merges, a string or number for each.
 TOKENIZER_LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
 
 
 def read_gguf(
-    path: str | os.PathLike[str], *, dtype: DTypeLike = np.float32, scan_layers: bool = True
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = np.float32,
+    scan_layers: bool = True,
+    packed: bool = False,
 ) -> Checkpoint:
     """Reads a GGUF file of the Llama family.
 
@@ -67,6 +80,10 @@ def read_gguf(
       path: The file.
       dtype: Of the parameters.
       scan_layers: Whether the parameters are those of scanned layers (stacked) or of separate ones.
+      packed: Whether kernels in Q4_0 and Q4_1 stay as they are: a `QuantizedArray` of that kind,
+        which decodes to the values that are read otherwise, bit for bit. Layers in both that are to
+        be stacked are all of kind `"q4_1"`, to which Q4_0 goes over without a loss (of the sign of
+        its zeros alone).
 
     Returns:
       The checkpoint.
@@ -74,7 +91,8 @@ def read_gguf(
     Raises:
       FileNotFoundError: If there is no file.
       ValueError: If it is no GGUF file, ends too early, or holds a model that cannot be read
-        faithfully.
+        faithfully; or if kernels are to stay packed and none is, or not all of those that are to
+        be stacked.
     """
     path = Path(path)
     reader = open_gguf(path)
@@ -83,7 +101,8 @@ def read_gguf(
         tied_head = all(tensor.name != "output.weight" for tensor in reader.tensors)
         config = from_gguf(metadata, tied_head=tied_head)
         config = dataclasses.replace(config, param_dtype=dtype)
-        tensors = [_tensor(tensor, config) for tensor in reader.tensors]
+        staying = _packed_kernels(reader.tensors, config, scan_layers) if packed else {}
+        tensors = [_tensor(tensor, config, staying.get(tensor.name)) for tensor in reader.tensors]
         config, params = assemble(config, _NAMING, tensors, scan_layers=scan_layers)
         tokenizer = _build_tokenizer(metadata)
     except ValueError as error:
@@ -123,29 +142,85 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
         ) from error
 
 
-def _tensor(tensor: gguf.ReaderTensor, config: DecoderConfig) -> Tensor:
-    """The tensor as it is to be read: float32 [out, in] or [D], its rows in the decoder's order."""
+def _packed_kernels(
+    tensors: Iterable[gguf.ReaderTensor], config: DecoderConfig, scan_layers: bool
+) -> dict[str, str]:
+    """The kernels that may stay in 4 bits by their names, and the kind that each is to have."""
+    places = _NAMING.places(config, parameter_shapes(config))
+    kernels = {name for name, place in places.items() if place.path.endswith("/kernel")}
+    types = {x.name: x.tensor_type.name for x in tensors if x.name in kernels}
+    found = {name: _PACKED[kind] for name, kind in types.items() if kind in _PACKED}
+    if types and not found:
+        counts = collections.Counter(types.values())
+        raise ValueError(
+            "no kernel is stored as Q4_0 or Q4_1, and so none can stay packed; they are stored as "
+            f"{', '.join(f'{kind} ({count})' for kind, count in counts.items())}."
+        )
+    if not scan_layers:
+        return found
+    # llama.cpp writes some layers of a Q4_0 file in Q4_1, where it knows that they need it.
+    kinds = collections.defaultdict(set)
+    for name, kind in found.items():
+        kinds[places[name].path].add(kind)
+    return {name: "q4_1" if "q4_1" in kinds[places[name].path] else "q4_0" for name in found}
+
+
+def _tensor(tensor: gguf.ReaderTensor, config: DecoderConfig, kind: str | None) -> Tensor:
+    """The tensor as it is to be read, its rows in the decoder's order.
+
+    That is float32 [out, in] or [D], or what stays packed of the given kind.
+    """
     turned = {"attn_q.weight": config.num_heads, "attn_k.weight": config.num_kv_heads}
     heads = turned.get(tensor.name.split(".", 2)[-1])
 
-    def read() -> np.ndarray:
+    def read() -> np.ndarray | QuantizedArray:
+        rows = tensor.data if heads is None else _unpermute(tensor.data, heads)
+        if kind is not None:
+            return _repack(rows, _PACKED[tensor.tensor_type.name], kind, config.param_dtype)
         try:
-            weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+            return gguf.dequantize(rows, tensor.tensor_type)
         except NotImplementedError as error:
             raise ValueError(
                 f"the tensor {tensor.name!r} is stored as {tensor.tensor_type.name}, "
                 "which the gguf package cannot decode."
             ) from error
-        return weight if heads is None else _unpermute(weight, heads)
 
     return Tensor(tensor.name, tuple(int(n) for n in reversed(tensor.shape)), read)
 
 
-def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads * H, in] of neighbouring pairs, put in the order of pairs (j, j + H/2)."""
-    out, width = weight.shape
-    pairs = weight.reshape(heads, out // heads // 2, 2, width)
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [heads * H, ...] of neighbouring pairs, put in the order of pairs (j, j + H/2)."""
+    out, width = rows.shape
+    pairs = rows.reshape(heads, out // heads // 2, 2, width)
     return pairs.swapaxes(1, 2).reshape(out, width)
+
+
+def _repack(rows: np.ndarray, stored: str, kind: str, dtype: DTypeLike) -> QuantizedArray:
+    """Rows of blocks, `[out, bytes]`, as a leaf of the same codes.
+
+    A block is a float16 scale, in Q4_1 a float16 minimum, and 16 bytes. Byte k holds element k in
+    its low and element k + 16 in its high nibble, where the leaf has neighbours in a byte.
+    """
+    head = 4 if stored == "q4_1" else 2  # bytes
+    blocks = rows.reshape(len(rows), -1, head + _BLOCK // 2)  # [out, in/32, bytes of a block]
+    halves = np.ascontiguousarray(blocks[..., :head]).view(np.float16)
+    nibbles = blocks[..., head:]
+    codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)  # [out, in/32, 32]
+    codes = codes.reshape(len(rows), -1)
+    scales, minimum = halves[..., 0].copy(), None
+    if kind == "q4_1":
+        # (code - 8) d is code d - 8 d, all of which are exact.
+        minimum = halves[..., 1].copy() if stored == "q4_1" else -8 * scales
+    return QuantizedArray(
+        (codes[:, ::2] << 4) | codes[:, 1::2],
+        scales,
+        minimum=minimum,
+        kind=kind,
+        block_size=_BLOCK,
+        dtype=np.dtype(dtype),
+        layout="o i",
+        axis_sizes=codes.shape,
+    )
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:

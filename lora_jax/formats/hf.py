@@ -34,37 +34,59 @@ from lora_jax.formats.checkpoint import (
     digest,
 )
 from lora_jax.formats.hf_text import read_text
-from lora_jax.models.config import DecoderConfig
+from lora_jax.models.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderConfig
 from lora_jax.models.families import from_hf
 
-_NAMING = Naming(
-    whole={
-        "model.embed_tokens.weight": "embed/embedding",
-        "model.norm.weight": "final_norm/scale",
-        "lm_head.weight": "lm_head/kernel",
-    },
-    layered={
-        "model.layers.{}.input_layernorm.weight": "layers/attn_norm/scale",
-        "model.layers.{}.self_attn.q_proj.weight": "layers/attn/q_proj/kernel",
-        "model.layers.{}.self_attn.k_proj.weight": "layers/attn/k_proj/kernel",
-        "model.layers.{}.self_attn.v_proj.weight": "layers/attn/v_proj/kernel",
-        "model.layers.{}.self_attn.o_proj.weight": "layers/attn/o_proj/kernel",
-        "model.layers.{}.post_attention_layernorm.weight": "layers/mlp_norm/scale",
-        "model.layers.{}.mlp.gate_proj.weight": "layers/mlp/gate_proj/kernel",
-        "model.layers.{}.mlp.up_proj.weight": "layers/mlp/up_proj/kernel",
-        "model.layers.{}.mlp.down_proj.weight": "layers/mlp/down_proj/kernel",
-    },
-)
+_PROJECTIONS = {
+    **{f"self_attn.{name}": f"attn/{name}" for name in ATTENTION_PROJECTIONS},
+    **{f"mlp.{name}": f"mlp/{name}" for name in MLP_PROJECTIONS},
+}
+_SCALES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "self_attn.q_norm": "attn/q_norm",
+    "self_attn.k_norm": "attn/k_norm",
+}
+# Where norms follow attention and MLP as well, a name says another thing.
+_SCALES_OF_POST_NORMS = {
+    **_SCALES,
+    "post_attention_layernorm": "attn_post_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
+}
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 _DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+def naming(config: DecoderConfig) -> Naming:
+    """How transformers calls the tensors of a decoder."""
+    scales = _SCALES_OF_POST_NORMS if config.post_norms else _SCALES
+    layer, experts = "model.layers.{}", "model.layers.{}.mlp.experts.{}"
+    return Naming(
+        whole={
+            "model.embed_tokens.weight": "embed/embedding",
+            "model.norm.weight": "final_norm/scale",
+            "lm_head.weight": "lm_head/kernel",
+        },
+        layered={
+            **{f"{layer}.{name}.weight": f"layers/{path}/scale" for name, path in scales.items()},
+            **{f"{layer}.{n}.weight": f"layers/{path}/kernel" for n, path in _PROJECTIONS.items()},
+            **{f"{layer}.{n}.bias": f"layers/{path}/bias" for n, path in _PROJECTIONS.items()},
+            f"{layer}.mlp.gate.weight": "layers/mlp/router/kernel",
+        },
+        expert={
+            f"{experts}.{name}.weight": f"layers/mlp/experts/{name}/kernel"
+            for name in MLP_PROJECTIONS
+        },
+    )
+
+
 def read_hf(
     path: str | os.PathLike[str], *, dtype: DTypeLike = np.float32, scan_layers: bool = True
 ) -> Checkpoint:
-    """Reads a model folder of the Llama family.
+    """Reads a model folder of a family that `lora_jax.models.families` knows.
 
     One tensor at a time is read and cast, so that memory holds the result and little else.
 
@@ -99,7 +121,7 @@ def read_hf(
                 for tensor in _tensors(opened.enter_context(_open(file)), file)
                 if not _is_derived(tensor.name, tied_head=config.tied_head)
             ]
-            config, params = assemble(config, _NAMING, tensors, scan_layers=scan_layers)
+            config, params = assemble(config, naming(config), tensors, scan_layers=scan_layers)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return Checkpoint(
@@ -111,11 +133,6 @@ def read_hf(
         metadata=described,
         folder=path,
     )
-
-
-def naming(config: DecoderConfig) -> Naming:
-    """How transformers calls the tensors of a decoder."""
-    return _NAMING
 
 
 def read_descriptions(folder: Path) -> dict[str, dict[str, Any]]:

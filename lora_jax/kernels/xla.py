@@ -83,7 +83,7 @@ def decode_rows(q: QuantizedArray, rows: jax.Array) -> jax.Array:
 def decode_scales(q: QuantizedArray) -> jax.Array:
     """The float32 scale of each block, `[b..., out, in/G]`."""
     if q.group_scales is None:
-        return q.scales
+        return q.scales.astype(jnp.float32)
     rows = jnp.arange(q.scales.shape[-2])
     one = functools.partial(_decode_scales, rows=rows)
     for _ in q.batch_shape:
@@ -121,8 +121,9 @@ def _levels_times_scales(
     nibbles = jax.lax.bitcast_convert_type((codes << 4) | (codes >> 4), jnp.uint4)
     nibbles = nibbles.reshape(*codes.shape[:-1], -1, q.block_size).astype(jnp.uint8)
     levels = jnp.asarray(codebook(q.kind, q.block_size))[nibbles]
+    scales = scales.astype(jnp.float32)[..., None]
     if minimum is None:
-        values = levels * scales[..., None]
+        values = levels * scales
     else:
-        values = _product_then_sum(levels, scales[..., None], minimum[..., None])
+        values = _product_then_sum(levels, scales, minimum.astype(jnp.float32)[..., None])
     return values.reshape(*codes.shape[:-1], -1).astype(q.dtype)

@@ -14,10 +14,22 @@ each met only by a contraction; those of scanned layers are stacked::
     final_norm/scale                                  [D]
     lm_head/kernel                                    [D, V], absent if the head is tied
 
+What other families add to it is there if the config asks for it::
+
+    layers/attn/q_proj/bias                           [L, N * H], for each projection in `biases`
+    layers/attn/{q,k}_norm/scale                      [L, H], with `qk_norm`
+    layers/{attn,mlp}_post_norm/scale                 [L, D], with `post_norms`
+
+and with `num_experts` there is, in place of the three kernels of the MLP::
+
+    layers/mlp/router/kernel                          [L, D, E]
+    layers/mlp/experts/{gate,up}_proj/kernel          [L, E, D, F]
+    layers/mlp/experts/down_proj/kernel               [L, E, F, D]
+
 Unrolled layers lose the leading axis and are called `layers_0`, `layers_1`, and so on.
 
 Shapes: B batch, T tokens, S slots of the cache, D model width, F MLP width, N query heads,
-K key-value heads, H head width, L layers, V vocabulary.
+K key-value heads, H head width, L layers, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,17 +44,18 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.layers import (
+from lora_jax.models.attention import (
     Carry,
     Context,
     KVCache,
-    Layer,
-    RMSNorm,
     init_cache,
     rotary,
     visible,
+    within,
 )
+from lora_jax.models.config import DecoderConfig, Kind
+from lora_jax.models.layers import Layer, Step
+from lora_jax.models.parts import RMSNorm, capped
 
 __all__ = [
     "Decoder",
@@ -61,9 +74,9 @@ _float32_dot_general = functools.partial(jax.lax.dot_general, preferred_element_
 class Decoder(nn.Module):
     """Tokens to logits.
 
-    A token attends to the tokens of its own segment whose position is not after its own. So packed
-    sequences have a segment id each, and padding has one of its own; no token id means anything to
-    the model.
+    A token attends to the tokens of its own segment whose position is not after its own, nor, in
+    layers with a window, too far before it. So packed sequences have a segment id each, and padding
+    has one of its own; no token id means anything to the model.
 
     >>> logits = Decoder(config).apply({"params": params}, tokens)
     """
@@ -123,7 +136,8 @@ class Decoder(nn.Module):
 
     def embeddings(self, tokens: jax.Array) -> jax.Array:
         """What the first layer is given of tokens [B, T]: [B, T, D], in the activations' dtype."""
-        return self.embed(tokens)
+        x, scale = self.embed(tokens), self.config.embedding_scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def hidden(
         self,
@@ -163,15 +177,20 @@ class Decoder(nn.Module):
             mask = visible(positions, segment_ids, positions, segment_ids)
         else:
             positions = jnp.arange(tokens.shape[1])[None]
-        context = Context(*rotary(positions, self.config), mask)
-        return self._run(Carry(embeddings.astype(self.config.dtype), None), context).x
+            if self.config.window is not None and self.config.window < tokens.shape[1]:
+                ones = jnp.ones_like(positions)
+                mask = visible(positions, ones, positions, ones)
+        contexts = self._contexts(positions, mask, positions)
+        return self._run(Carry(embeddings.astype(self.config.dtype), None), contexts).x
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 [..., V] of hidden states [..., D]."""
         if self.config.tied_head:
             head = self.embed.embedding.astype(self.config.dtype).T
-            return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
-        return self.lm_head(hidden)
+            logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        else:
+            logits = self.lm_head(hidden)
+        return capped(logits, self.config.logit_cap)
 
     def extend(
         self,
@@ -192,7 +211,8 @@ class Decoder(nn.Module):
           segment_ids: Integers [B, T]; by default all 1.
           mask: Booleans [B, T, S], the slots that each token sees, these tokens' own among them; by
             default those of its segment that are not later. So a tree of tokens, several
-            continuations of one prompt, can be read at once.
+            continuations of one prompt, can be read at once. Layers with a window see less, by
+            the positions.
 
         Returns:
           The hidden states [B, T, D], and the cache with these tokens in it.
@@ -224,17 +244,37 @@ class Decoder(nn.Module):
             mask = visible(positions, segment_ids, cache.positions, cache.segment_ids)
         else:
             mask = mask[:, None]  # the same for all heads
-        context = Context(*rotary(positions, self.config), mask)
-        x, filled = self._run(Carry(self.embeddings(tokens), cache), context)
+        contexts = self._contexts(positions, mask, cache.positions)
+        x, filled = self._run(Carry(self.embeddings(tokens), cache), contexts)
         assert filled is not None  # a cache went in
         return x, filled._replace(length=cache.length + length)
 
-    def _run(self, carry: Carry, context: Context) -> Carry:
-        if self.config.scan_layers:
-            carry, _ = self.layers(carry, jnp.arange(self.config.num_layers), context)
-        else:
+    def _contexts(
+        self, positions: jax.Array, mask: jax.Array | None, key_positions: jax.Array
+    ) -> dict[Kind, Context]:
+        """What the layers of each kind share; no mask says that the windows hide nothing."""
+
+        def context(kind: Kind) -> Context:
+            seen = mask
+            if seen is not None and kind.window is not None:
+                seen = seen & within(kind.window, positions, key_positions)
+            return Context(*rotary(positions, self.config, kind), seen)
+
+        return {kind: context(kind) for kind in dict.fromkeys(self.config.kinds)}
+
+    def _run(self, carry: Carry, contexts: dict[Kind, Context]) -> Carry:
+        kinds = self.config.kinds
+        if not self.config.scan_layers:
             for index, layer in enumerate(self.layers):
-                carry, _ = layer(carry, index, context)
+                carry, _ = layer(carry, Step(index), contexts[kinds[index]])
+        else:
+            step, (context, *others) = Step(jnp.arange(len(kinds))), contexts.values()
+            if others:
+                # A scan has one program for all layers: each takes from a stack what is for it.
+                of_kind = list(contexts)
+                step = step._replace(kind=jnp.asarray([of_kind.index(kind) for kind in kinds]))
+                context = jax.tree.map(lambda *each: jnp.stack(each), context, *others)
+            carry, _ = self.layers(carry, step, context)
         return carry._replace(x=self.final_norm(carry.x))
 
 

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+import lora_jax as lj
+from lora_jax.core.tree import named_leaves
 from lora_jax.formats.gguf import read_gguf
 from lora_jax.formats.sources import fetch
 from lora_jax.models.decoder import Decoder
@@ -184,3 +186,17 @@ def test_logits(checkpoint, index):
 def test_tokenizer(checkpoint, text, ids):
     assert checkpoint.tokenizer.encode(text).ids == ids
     assert checkpoint.tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_packed_kernels(checkpoint):
+    """The file's own 4 bits: 5 for a parameter, and the very values that are read otherwise."""
+    packed = read_gguf(fetch("smollm2-135m-instruct"), packed=True)
+    leaves = dict(named_leaves(packed.params))
+    assert leaves.keys() == dict(named_leaves(checkpoint.params)).keys()
+    for path, values in named_leaves(checkpoint.params):
+        leaf = leaves[path]
+        if path.endswith("/kernel"):
+            assert (leaf.kind, 8 * leaf.nbytes / leaf.size) == ("q4_1", 5.0)
+            leaf = np.asarray(lj.dequantize(leaf))
+        assert leaf.dtype == values.dtype
+        assert leaf.tobytes() == values.tobytes(), path

@@ -1,0 +1,233 @@
+"""`adapter_config.json`: which modules have an adapter, of which rank and scale.
+
+Fields that change what an adapter computes are understood or refused, never passed over; fields
+that only told PEFT how to start or to train one are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CONFIG = "adapter_config.json"
+
+# What says nothing about the function that a finished adapter computes. `fan_in_fan_out` is about
+# the base, and peft too asks each module instead.
+_SILENT = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "loftq_config", "eva_config", "corda_config"),
+    *("lora_ga_config", "velora_config", "qalora_group_size", "megatron_core", "fan_in_fan_out"),
+}
+_UNDERSTOOD = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "ensure_weight_tying"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "rank_pattern", "alpha_pattern"),
+}
+# Starts that leave the base as it is; pissa, olora, corda, loftq and lora_ga move it.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """The fields of `adapter_config.json` that are understood, by PEFT's names for them.
+
+    Attributes:
+      r, lora_alpha: of modules that no pattern matches.
+      lora_dropout: of all modules.
+      use_rslora: whether the scale is alpha / sqrt(r) instead of alpha / r.
+      target_modules: names, or one regular expression; None for whatever the file holds.
+      exclude_modules: the same for those left out.
+      layers_to_transform: the only layers that are adapted, or None.
+      layers_pattern: what the list of layers is called, where that is ambiguous.
+      modules_to_save: endings of the names of modules that are trained whole.
+      rank_pattern, alpha_pattern: what is different, by regular expressions.
+      ensure_weight_tying: whether a head that is the embedding is trained along with it.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ensure_weight_tying: bool = False
+
+    def is_saved(self, module: str) -> bool:
+        """Whether a module is trained whole, or lies in one that is."""
+        parts = module.split(".")
+        names = (".".join(parts[: k + 1]) for k in range(len(parts)))
+        return any(name.endswith(self.modules_to_save) for name in names)
+
+    def is_adapted(self, module: str) -> bool | None:
+        """Whether a module has an adapter; None where the config leaves that to the weights."""
+        if _named(self.exclude_modules, module) or self.is_saved(module):
+            return False
+        if self.target_modules in (None, "all-linear"):
+            return None
+        if not _named(self.target_modules, module):
+            return False
+        if isinstance(self.target_modules, str) or module in self.target_modules:
+            return True  # PEFT restricts to layers only what a short name matched
+        return not self.layers_to_transform or self._layer(module) in self.layers_to_transform
+
+    def _layer(self, module: str) -> int | None:
+        """The first number after the name of a list of layers, by default after any name."""
+        for pattern in self.layers_pattern or (None,):
+            before = r".*?\.[^.]*" if pattern is None else rf"(?:^|.*?\.){pattern}"
+            if found := re.match(rf"{before}\.(?P<number>\d+)\.", module):
+                return int(found["number"])
+        return None
+
+    def rank(self, module: str) -> int:
+        """r of a module."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """The factor on `b @ a` of a module."""
+        rank, alpha = self.rank(module), _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _named(targets: tuple[str, ...] | str | None, module: str) -> bool:
+    """Whether a regular expression matches all of a name, or one of several is its ending."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in targets or ())
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, usual: Any) -> Any:
+    """What the first pattern says that matches a name, or the end of it from a dot on."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return patterns.get(module, usual)
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """Reads `adapter_config.json`.
+
+    Args:
+      folder: where it lies.
+
+    Raises:
+      FileNotFoundError: if it does not.
+      ValueError: if it is no JSON object, a field has a value that is none, or one asks for
+        something that would be passed over.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG}; expected a folder that peft's save_pretrained wrote."
+        )
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} holds a JSON {type(options).__name__}, expected an object.")
+    try:
+        _refuse(options)
+        return _understood(options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _refuse(options: Mapping[str, Any]) -> None:
+    """An error for what would change the function and is not understood."""
+    if (kind := options.get("peft_type")) != "LORA":
+        raise ValueError(f"peft_type is {kind!r}; only 'LORA' can be read.")
+    start = options.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise ValueError(
+            f"init_lora_weights is {start!r}, a start that may have moved the base: such an "
+            "adapter does not belong to the model that it names. Save it with peft as an ordinary "
+            "one: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+    plain = {"bias": "none", "init_lora_weights": start}
+    unknown = {
+        name: value
+        for name, value in options.items()
+        if name not in _SILENT | _UNDERSTOOD and value and value != plain.get(name)
+    }
+    if unknown:
+        found = ", ".join(f"{name} = {json.dumps(value)}" for name, value in unknown.items())
+        raise ValueError(
+            f"{found} cannot be honoured, and the adapter would be another without; merge it with "
+            "peft's merge_and_unload(), and read the merged model."
+        )
+
+
+def _understood(options: Mapping[str, Any]) -> PeftConfig:
+    fields = {field.name: field for field in dataclasses.fields(PeftConfig)}
+    values: dict[str, Any] = {}
+    for name in fields.keys() & options.keys():
+        value = options[name]
+        if value is None:
+            continue  # PEFT's default, which for these is also what says nothing
+        check, expected = _CHECKS[name]
+        if not check(value):
+            raise ValueError(f"{name} is {value!r}, expected {expected}.")
+        values[name] = value
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
+    for name in ("layers_to_transform", "layers_pattern", "modules_to_save"):
+        if name in values:
+            value = values[name]
+            values[name] = tuple(value) if isinstance(value, list) else (value,)
+    return PeftConfig(**values)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_rank(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+
+def _is_pattern(x: Any) -> bool:
+    try:
+        re.compile(x)
+    except (re.error, TypeError):
+        return False
+    return isinstance(x, str)
+
+
+def _names(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(name, str) for name in x)
+
+
+def _patterns(x: Any, check: Any) -> bool:
+    return isinstance(x, dict) and all(_is_pattern(k) and check(v) for k, v in x.items())
+
+
+_FLAG = (lambda x: isinstance(x, bool), "true or false")
+_NAMES = (lambda x: _names(x) or _is_pattern(x), "a list of names or a regular expression")
+_CHECKS = {
+    "r": (_is_rank, "a whole number of at least 1"),
+    "lora_alpha": (_is_number, "a number"),
+    "lora_dropout": (lambda x: _is_number(x) and 0 <= x < 1, "a probability below 1"),
+    "use_rslora": _FLAG,
+    "ensure_weight_tying": _FLAG,
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_to_transform": (
+        lambda x: all(isinstance(k, int) for k in (x if isinstance(x, list) else [x])),
+        "a whole number or a list of them",
+    ),
+    "layers_pattern": _NAMES,
+    "modules_to_save": (_names, "a list of names"),
+    "rank_pattern": (lambda x: _patterns(x, _is_rank), "ranks by regular expressions"),
+    "alpha_pattern": (lambda x: _patterns(x, _is_number), "numbers by regular expressions"),
+}

@@ -1,0 +1,203 @@
+"""Models of one's own with peft: GPT-2's Conv1D, and experts that are modules each."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_jax as lj
+from lora_jax.formats.peft import read_peft, write_peft
+
+WIDTH, EXPERTS, LAYERS = 8, 3, 2
+X = np.random.default_rng(0).normal(size=(5, WIDTH)).astype(np.float32)
+
+
+class ConvBlocks(nn.Module):
+    """Two layers of GPT-2's kind of linear module, whose weight is [in, out]."""
+
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList(Conv1D(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.score = nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        for layer in self.h:
+            x = torch.tanh(layer(x))
+        return self.score(x)
+
+
+class Experts(nn.Module):
+    """One layer: the mean over experts, each a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.experts = nn.ModuleList(nn.Module() for _ in range(EXPERTS))
+        for expert in self.mlp.experts:
+            expert.up_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x):
+        return sum(torch.tanh(expert.up_proj(x)) for expert in self.mlp.experts) / EXPERTS
+
+
+class ExpertLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(Experts() for _ in range(LAYERS))
+
+    def forward(self, x):
+        for layer in self.model.layers:
+            x = layer(x)
+        return x
+
+
+def conv_blocks(tree, x):
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w["kernel"] + w["bias"]), None), x, tree["h"])
+    return x @ tree["score"]["kernel"] + tree["score"]["bias"]
+
+
+def expert_layers(tree, x):
+    def layer(x, kernels):
+        return jnp.tanh(jnp.einsum("ti,eio->eto", x, kernels)).mean(0), None
+
+    return jax.lax.scan(layer, x, tree["layers"]["mlp"]["experts"]["up_proj"]["kernel"])[0]
+
+
+def conv_tree(model):
+    layers = [dict(layer.named_parameters()) for layer in model.h]
+    stacked = {
+        ours: np.stack([layer[theirs].detach().numpy() for layer in layers])
+        for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+    }
+    score = model.score
+    head = {"kernel": score.weight.detach().numpy().T, "bias": score.bias.detach().numpy()}
+    return {"h": stacked, "score": head}
+
+
+def expert_tree(model):
+    weights = [
+        [expert.up_proj.weight.detach().numpy().T for expert in layer.mlp.experts]
+        for layer in model.model.layers
+    ]
+    return {"layers": {"mlp": {"experts": {"up_proj": {"kernel": np.stack(weights)}}}}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A torch model, the same function and tree here, and how one is named after the other."""
+
+    build: type[nn.Module]
+    apply: object
+    tree: object
+    names: object
+    rule: lj.LoraRule
+    peft: dict
+
+
+CASES = {
+    "conv1d": Case(
+        ConvBlocks,
+        conv_blocks,
+        conv_tree,
+        {"h/kernel": "h.{}", "h/bias": "h.{}"},
+        lj.LoraRule("h/kernel", 2, 6.0, layout="b i o"),
+        {"target_modules": ["h.0", "h.1"], "fan_in_fan_out": True},
+    ),
+    "experts": Case(
+        ExpertLayers,
+        expert_layers,
+        expert_tree,
+        None,
+        lj.LoraRule("experts", 2, 6.0, layout="b b i o"),
+        {"target_modules": ["up_proj"]},
+    ),
+}
+
+
+def build(case):
+    torch.manual_seed(0)
+    model = case.build()
+    for value in model.parameters():
+        value.data = 0.5 * torch.randn(value.shape)
+    return model
+
+
+def output(model):
+    with torch.no_grad():
+        return model(torch.from_numpy(X)).numpy()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ways(tmp_path, name):
+    case = CASES[name]
+    base, names = case.tree(build(case)), case.names
+    apply = lj.adapt(case.apply)
+
+    # What is written here.
+    adapters = jax.eval_shape(lambda: lj.init_adapters(jax.random.key(0), base, [case.rule]))
+    rng = np.random.default_rng(1)
+    adapters = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), adapters)
+    conv1d = ["h/kernel"] if name == "conv1d" else []
+    options = {"base_model": "x", "task_type": None, "names": names, "fan_in_fan_out": conv1d}
+    write_peft(tmp_path / "ours", adapters, **options)
+    loaded = output(PeftModel.from_pretrained(build(case), tmp_path / "ours").eval())
+    assert np.abs(loaded - output(build(case))).max() > 0.1
+    assert np.abs(apply(lj.combine(base, adapters), X) - loaded).max() <= 1e-4
+
+    # What peft writes.
+    config = LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **case.peft)
+    model = get_peft_model(build(case), config).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    adapters = read_peft(tmp_path / "theirs", base, names=names)
+    assert np.abs(apply(lj.combine(base, adapters), X) - output(model)).max() <= 1e-4
+    write_peft(tmp_path / "again", adapters, **options)
+    theirs, again = (
+        safetensors.numpy.load_file(tmp_path / folder / "adapter_model.safetensors")
+        for folder in ("theirs", "again")
+    )
+    assert theirs.keys() == again.keys()
+    for key, values in theirs.items():
+        np.testing.assert_array_equal(again[key], values, strict=True)
+
+
+@pytest.mark.parametrize("trained", ["score", "h.1"])
+def test_modules_saved_whole(tmp_path, trained):
+    """A head, which is a Linear, and a Conv1D with its bias."""
+    case = CASES["conv1d"]
+    base = case.tree(build(case))
+    names = {"h/0/kernel": "h.0", "h/1/kernel": "h.1", "h/0/bias": "h.0", "h/1/bias": "h.1"}
+    names |= {"score/kernel": "score", "score/bias": "score"}
+    base["h"] = {str(k): {x: v[k] for x, v in base["h"].items()} for k in range(LAYERS)}
+    config = LoraConfig(target_modules=["h.0"], modules_to_save=[trained], fan_in_fan_out=True)
+    model = get_peft_model(build(case), config).eval()
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if value.requires_grad and "modules_to_save" in key:
+                value += torch.randn(value.shape)
+    model.save_pretrained(tmp_path)
+    adapters = read_peft(tmp_path, base, names=names, fan_in_fan_out="h/./kernel")
+    tree = lj.combine(base, adapters)
+    layers = [tree["h"][str(k)] for k in range(LAYERS)]
+
+    def apply(tree, x):
+        for layer in tree["layers"]:
+            x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+        return x @ tree["score"]["kernel"] + tree["score"]["bias"]
+
+    ours = lj.adapt(apply)({"layers": layers, "score": tree["score"]}, X)
+    assert np.abs(ours - output(model)).max() <= 1e-4
+    # peft too takes a folder of ours with a whole module in it.
+    options = {"base_model": "x", "task_type": None, "names": names}
+    write_peft(tmp_path / "ours", adapters, fan_in_fan_out="h/./kernel", **options)
+    loaded = output(PeftModel.from_pretrained(build(case), tmp_path / "ours").eval())
+    np.testing.assert_array_equal(loaded, output(model))
