@@ -22,6 +22,7 @@ COMMANDS = {
     "finetune": "LoRA and QLoRA of a language model, on your data or on headlines",
     "generate": "text from a model and an adapter: a prompt, a file, a chat",
     "evaluate": "likelihood, accuracy and generations of a model and an adapter on data",
+    "convert": "a run, an adapter or a model in the form that other programs read",
     "inspect": "what a model, a run or an adapter holds, and what a rule would match",
 }
 

@@ -1,11 +1,13 @@
-"""`lora-jax inspect`: what a model, a run or an adapter holds, and what a rule would match."""
+"""`lora-jax inspect`: what there is in a file or folder, and what a rule would match in a model."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,14 +16,22 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from lora_jax.cli.failures import CliError, sentences
+from lora_jax.cli.found import look
 from lora_jax.cli.options import Base, LogOptions, ModelOptions, at_least
 from lora_jax.cli.parsing import read_object
 from lora_jax.cli.problem import LAYOUT, read_for, stored_as
 from lora_jax.cli.report import Reporter, mebibytes
 from lora_jax.cli.run_folder import RunFolder
+from lora_jax.core.codebooks import GGUF_KINDS
 from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import init_adapters
-from lora_jax.formats.sources import SourceError
+from lora_jax.data.records import read_records
+from lora_jax.formats.outline import Header, Outline, read_outline, safetensors_headers
+from lora_jax.models.decoder import parameter_shapes
+
+_WIDTH = 60  # characters of a value that is shown
+_MODELS = ("hf", "gguf")
+_ADAPTER = "adapter_model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +39,8 @@ class Subject:
     """What to look at, and what to try on it."""
 
     source: Positional[Annotated[str, arg(metavar="SOURCE")]] = ModelOptions.model
-    """A model, as for finetune --model, or the folder of a run or of an adapter, ours or PEFT's."""
+    """A model, as for finetune --model; the folder of a run or of an adapter, ours or PEFT's; a
+    safetensors file; or a file of records."""
     base: Base = "float32"
     """How a model's kernels are stored, as for finetune --base."""
     targets: str | None = None
@@ -42,6 +53,11 @@ class Subject:
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
 
+    @property
+    def is_a_trial(self) -> bool:
+        """Whether something is to be tried on a model."""
+        return self.base != "float32" or self.targets is not None or bool(self.whole)
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -49,9 +65,11 @@ class Config:
 
         lora-jax inspect smollm2-135m-instruct --base nf4 --targets "attn/.*/kernel" --rank 8
         lora-jax inspect runs/mine
+        lora-jax inspect adapter
 
     Of a model the weights are listed as they would be stored and adapted; of a run its options, its
-    outcome and its adapter.
+    outcome and its adapter; of a file of records its columns. What it is, is found by looking, and
+    no weights are read: files say in their heads what they hold.
     """
 
     subject: Subject
@@ -75,34 +93,42 @@ def run(config: Config) -> int:
     Raises:
       CliError: if there is no such thing, or it cannot be read.
     """
-    reporter, path = Reporter(config.output.log), Path(config.subject.source)
-    with sentences(SourceError, ValueError, OSError):
-        if (path / "adapters.json").is_file():
-            saved_adapter(path, reporter)
-        elif (path / "adapter_config.json").is_file():
-            peft_adapter(path, reporter)
-        elif RunFolder(path, "finetune").is_run:
-            run_folder(path, reporter)
+    reporter, found = Reporter(config.output.log), look(config.subject.source)
+    reporter.say(f"{found}.")
+    reporter.event("found", kind=found.kind, path=found.path)
+    if config.subject.is_a_trial and found.kind not in _MODELS:
+        raise CliError(
+            f"{found}, and --base, --targets and --whole are about models; leave them out."
+        )
+    with sentences(ValueError, OSError):
+        if found.kind in _MODELS:
+            model(found.path, config.subject, reporter)
         else:
-            model(config.subject, reporter)
+            INSPECTED[found.kind](found.path, reporter)
     return 0
 
 
-def model(subject: Subject, reporter: Reporter) -> None:
-    """Prints a model's shape and weights, as they would be stored, with their adapters."""
-    checkpoint = read_for(subject.base, subject.source)
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    params, special = jax.tree.map(like, checkpoint.params), checkpoint.special
-    shape = {
-        field.name: getattr(checkpoint.config, field.name)
-        for field in dataclasses.fields(checkpoint.config)
-        if field.name.startswith(("vocab", "dim", "mlp", "num", "head", "rope", "norm", "tied"))
-    }
-    facts = {"name": checkpoint.name, "sha256": checkpoint.digest, **shape}
-    facts |= {"bos": special.bos, "eos": special.eos, "stop": checkpoint.stop}
-    facts |= {"chat template": "yes" if checkpoint.chat_template else "no"}
+# Models.
+
+
+def model(path: Path, subject: Subject, reporter: Reporter) -> None:
+    """Prints a model's shape, how it is stored, and its weights as they would be, with adapters."""
+    outline = read_outline(path)
+    if path.is_file():
+        reporter.facts("metadata", _examples(outline.metadata))
+        reporter.event("metadata", **outline.metadata)
+    try:
+        facts = _model_facts(outline)
+    except (ValueError, FileNotFoundError) as error:
+        if subject.is_a_trial:
+            raise
+        _stored(outline.headers, reporter)
+        _tensors(outline.headers, reporter)
+        reporter.say(f"It cannot be run here: {error}")
+        return
     reporter.facts("model", facts.items())
     reporter.event("model", **facts)
+    _stored(outline.headers, reporter)
     rules = (
         [] if subject.targets is None else [LoraRule(subject.targets, subject.rank, layout=LAYOUT)]
     )
@@ -111,7 +137,43 @@ def model(subject: Subject, reporter: Reporter) -> None:
         base = stored_as(subject.base, params)
         return base, init_adapters(jax.random.key(0), base, rules, train=subject.whole)
 
-    reporter.plan(*jax.eval_shape(trees, params))  # shapes alone: nothing is computed
+    shapes = parameter_shapes(outline.config())
+    if subject.base in GGUF_KINDS:  # which kernels are in them is known once they are read
+        params = read_for(subject.base, subject.source).params
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    reporter.plan(*jax.eval_shape(trees, shapes))  # shapes alone: nothing is computed
+
+
+def _model_facts(outline: Outline) -> dict[str, Any]:
+    """What the decoder is, and what is said about text."""
+    config, words = outline.config(), outline.words()
+    run = ("scan_layers", "remat", "attention", "dtype", "param_dtype")  # not what it is
+    names = [field.name for field in dataclasses.fields(config) if field.name not in run]
+    facts = {"name": outline.name} | {name: getattr(config, name) for name in names}
+    facts |= {"bos": words.special.bos, "eos": words.special.eos, "stop": words.stop}
+    return facts | {"chat template": "yes" if words.chat_template else "no"}
+
+
+def _stored(headers: Sequence[Header], reporter: Reporter) -> None:
+    """Prints how many tensors are stored in which way, and what that takes."""
+    kinds: dict[str, list[Header]] = collections.defaultdict(list)
+    for header in headers:
+        kinds[header.kind].append(header)
+    rows = []
+    for kind, group in sorted(kinds.items(), key=lambda pair: -sum(x.nbytes for x in pair[1])):
+        counts = {
+            "tensors": len(group),
+            "parameters": sum(math.prod(header.shape) for header in group),
+            "bytes": sum(header.nbytes for header in group),
+        }
+        reporter.event("stored", kind=kind, **counts)
+        sizes = f"{counts['parameters']:,}", mebibytes(counts["bytes"])
+        rows.append((kind, str(counts["tensors"]), *sizes))
+    reporter.say()
+    reporter.table(("stored as", "tensors", "parameters", "MiB"), rows)
+
+
+# Runs and adapters.
 
 
 def run_folder(path: Path, reporter: Reporter) -> None:
@@ -132,7 +194,6 @@ def run_folder(path: Path, reporter: Reporter) -> None:
         reporter.say(f"It came to step {done} of {options['steps']}; {folder.resume} goes on.")
         reporter.event("unfinished", step=done)
     if (path / "checkpoint").is_dir():
-        reporter.say()
         saved_adapter(path / "checkpoint", reporter)
 
 
@@ -149,7 +210,9 @@ def saved_adapter(path: Path, reporter: Reporter) -> None:
     """Prints what a folder of `lj.save_adapters` holds."""
     import orbax.checkpoint as ocp
 
-    static = read_object(path / "adapters.json")["leaves"]
+    static = read_object(path / "adapters.json").get("leaves")
+    if not isinstance(static, dict) or not (path / "arrays").is_dir():
+        raise CliError(f"{path} is not whole; expected a folder that lj.save_adapters wrote.")
     with ocp.PyTreeCheckpointer() as checkpointer:
         arrays = checkpointer.metadata((path / "arrays").absolute()).item_metadata.tree
     rows = []
@@ -157,41 +220,97 @@ def saved_adapter(path: Path, reporter: Reporter) -> None:
         a = fields.get("a")
         kind = "whole" if a is None else f"r={a.shape[-2]}, scale {static[name]['scale']:g}"
         shapes = " ".join("x".join(map(str, x.shape)) for x in fields.values())
-        dtype = next(iter(fields.values())).dtype
-        rows.append((name, kind, shapes, np.dtype(dtype), [x.shape for x in fields.values()]))
+        size = sum(math.prod(x.shape) for x in fields.values())
+        itemsize = np.dtype(next(iter(fields.values())).dtype).itemsize
+        rows.append((name, kind, shapes, size, size * itemsize))
     _arrays("weight", rows, reporter)
 
 
 def peft_adapter(path: Path, reporter: Reporter) -> None:
     """Prints what a folder of PEFT holds; only the head of its weights is read."""
-    import safetensors
-
     options = read_object(path / "adapter_config.json")
+    if not (path / _ADAPTER).is_file():
+        names = sorted(file.name for file in path.iterdir())
+        raise CliError(
+            f"{path} lacks {_ADAPTER}; it has {', '.join(names)}. Pickles are not read, for "
+            "opening one runs whatever code it holds: save the adapter again with peft."
+        )
+    headers = safetensors_headers(path / _ADAPTER)
     reporter.facts("options", ((name, json.dumps(value)) for name, value in options.items()))
     reporter.event("config", **options)
-    file, rows = path / "adapter_model.safetensors", []
-    try:
-        with safetensors.safe_open(file, framework="numpy") as tensors:
-            for name in sorted(tensors.keys()):
-                one = tensors.get_slice(name)
-                shape, kind = one.get_shape(), one.get_dtype()
-                bits = int("".join(filter(str.isdigit, kind)) or 8)
-                dtype = np.dtype(f"V{bits // 8}")
-                rows.append((name, kind, "x".join(map(str, shape)), dtype, [shape]))
-    except safetensors.SafetensorError as error:
-        raise CliError(f"{file} is no safetensors file: {error}.") from None
-    reporter.say()
+    _modules(headers, reporter)
+    _tensors(headers, reporter)
+
+
+def _modules(headers: Sequence[Header], reporter: Reporter) -> None:
+    """Prints the modules that have an adapter, by the last part of their names."""
+    ranks: dict[str, list[int]] = collections.defaultdict(list)
+    for header in headers:
+        if match := re.fullmatch(r"(?:.*\.)?(\w+)\.lora_(?:embedding_)?A(?:\.\w+)*", header.name):
+            ranks[match[1]].append(header.shape[0])
+    rows = []
+    for name, found in sorted(ranks.items()):
+        shown = ", ".join(map(str, sorted(set(found))))
+        rows.append((name, str(len(found)), shown))
+        reporter.event("module", name=name, number=len(found), ranks=sorted(set(found)))
+    if rows:
+        reporter.say()
+        reporter.table(("module", "adapted", "rank"), rows)
+
+
+# Files.
+
+
+def safetensors_file(path: Path, reporter: Reporter) -> None:
+    """Prints the tensors of one file."""
+    headers = safetensors_headers(path)
+    _stored(headers, reporter)
+    _tensors(headers, reporter)
+
+
+def _tensors(headers: Sequence[Header], reporter: Reporter) -> None:
+    rows = [
+        (x.name, x.kind, "x".join(map(str, x.shape)), math.prod(x.shape), x.nbytes)
+        for x in sorted(headers)
+    ]
     _arrays("tensor", rows, reporter)
 
 
 def _arrays(what: str, rows: Sequence[tuple], reporter: Reporter) -> None:
-    """A table of arrays: name, kind, shapes in words, dtype, shapes."""
-    sizes = [sum(map(math.prod, shapes)) for *_, shapes in rows]
-    table, total = [], 0
-    for (name, kind, shown, dtype, _), size in zip(rows, sizes, strict=True):
-        table.append((name, kind, shown, f"{size:,}", mebibytes(size * dtype.itemsize)))
-        total += size * dtype.itemsize
-        reporter.event(what, name=name, kind=kind, shapes=shown, parameters=size)
+    """A table of arrays: name, kind, shapes in words, parameters, bytes."""
+    for name, kind, shown, parameters, _ in rows:
+        reporter.event(what, name=name, kind=kind, shapes=shown, parameters=parameters)
+    reporter.say()
+    table = [(*words, f"{number:,}", mebibytes(size)) for *words, number, size in rows]
     reporter.table((what, "kind", "shapes", "parameters", "MiB"), table)
-    reporter.say(f"{sum(sizes):,} parameters, {mebibytes(total)} MiB.")
-    reporter.event("total", parameters=sum(sizes), bytes=total)
+    parameters, size = (sum(column) for column in zip((0, 0), *(x[3:] for x in rows), strict=True))
+    reporter.say(f"{parameters:,} parameters, {mebibytes(size)} MiB.")
+    reporter.event("total", parameters=parameters, bytes=size)
+
+
+def records(path: Path, reporter: Reporter) -> None:
+    """Prints how many records a file has, and the columns and values of the first."""
+    found = read_records(path)
+    first = found[0].fields
+    reporter.facts(f"{len(found):,} records, of which the first is", _examples(first))
+    reporter.event("records", number=len(found), columns=list(first), first=dict(first))
+
+
+def _examples(fields: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for name, value in fields.items():
+        yield name, _shown(value)
+
+
+def _shown(value: Any) -> str:
+    """A value on one line, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
+
+
+INSPECTED: Mapping[str, Callable[[Path, Reporter], None]] = {
+    "run": run_folder,
+    "adapter": saved_adapter,
+    "peft": peft_adapter,
+    "safetensors": safetensors_file,
+    "data": records,
+}

@@ -99,13 +99,16 @@ class Reporter:
         self.table((f"{number:,} test records", *names), rows)
 
     @contextlib.contextmanager
-    def progress(self, what: str, total: int, *, done: int = 0) -> Iterator[Rounds]:
+    def progress(
+        self, what: str, total: int, *, done: int = 0, lines: int = LINES
+    ) -> Iterator[Rounds]:
         """Shows how far a loop has come.
 
         Args:
           what: happens in the loop.
           total: rounds in all.
           done: rounds before this one began.
+          lines: about how many to print, where there is no terminal.
         """
         with Progress(
             TextColumn("{task.description}"),
@@ -120,7 +123,7 @@ class Reporter:
 
             def show(rounds: int, shown: str) -> None:
                 bar.update(task, completed=rounds, shown=shown)
-                if not self.live and (rounds % max(1, total // LINES) == 0 or rounds == total):
+                if not self.live and (rounds % max(1, total // lines) == 0 or rounds == total):
                     self.say(f"{what} {rounds}/{total}  {shown}")
 
             yield Rounds(show, total, done)
@@ -138,11 +141,11 @@ class Rounds:
         self._recent: collections.deque[tuple[float, float]] | None = None
         self._moment = time.perf_counter()
 
-    def advance(self, tokens: float, **numbers: float) -> float:
+    def advance(self, tokens: float = 0, **numbers: float) -> float:
         """One round more.
 
         Args:
-          tokens: of the round.
+          tokens: of the round, if it is one of tokens.
           **numbers: to show, by name.
 
         Returns:
@@ -156,7 +159,7 @@ class Rounds:
             self._recent.append((seconds, tokens))
         parts = [f"{name} {value:.3f}" for name, value in numbers.items()]
         spent, seen = (sum(column) for column in zip((0.0, 0.0), *self._recent, strict=True))
-        parts += [f"{seen / spent:,.0f} tokens/s"] if spent else []
+        parts += [f"{seen / spent:,.0f} tokens/s"] if seen else []
         parts += [f"{memory:.1f} GiB"] if (memory := peak_gib()) else []
         if self._recent:
             left = (self._total - self._done) * spent / len(self._recent)

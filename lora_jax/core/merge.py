@@ -24,17 +24,18 @@ def merge(base: Any, adapters: Any, *, dtype: Any = None) -> Any:
     Returns:
       A tree of arrays that the unadapted function takes.
     """
+    return map_leaves(lambda _, leaf: merged(leaf, dtype), combine(base, adapters))
 
-    def one(_: str, leaf: Any) -> Any:
-        if isinstance(leaf, AdaptedArray):
-            return dense(leaf, dtype)
-        if isinstance(leaf, QuantizedArray):
-            return dequantize(leaf, dtype)
-        if dtype is not None and is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.asarray(leaf, dtype)
-        return leaf
 
-    return map_leaves(one, combine(base, adapters))
+def merged(leaf: Any, dtype: Any = None) -> Any:
+    """One leaf of a combined tree as `merge` gives it, or of a part of it on its batch axes."""
+    if isinstance(leaf, AdaptedArray):
+        return dense(leaf, dtype)
+    if isinstance(leaf, QuantizedArray):
+        return dequantize(leaf, dtype)
+    if dtype is not None and is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.asarray(leaf, dtype)
+    return leaf
 
 
 def unmerge(params: Any, adapters: Any) -> Any:

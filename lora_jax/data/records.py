@@ -52,7 +52,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         there is no record at all.
     """
     path = Path(path)
-    kind = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    kind = format_of(path)
     if kind not in _READERS:
         raise ValueError(
             f"{path} ends in {path.suffix!r}, expected one of {', '.join(_READERS)}, "
@@ -62,6 +62,11 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     if not records:
         raise ValueError(f"{path} holds no records, expected at least one")
     return records
+
+
+def format_of(path: Path) -> str:
+    """The suffix that says what a file is, such as `.csv`; of records it is one of `FORMATS`."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -213,3 +218,4 @@ _READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {
     ".parquet": _read_parquet,
     ".txt": _read_paragraphs,
 }
+FORMATS = tuple(_READERS)

@@ -4,7 +4,8 @@ Formats agree on more than they admit: a model is a list of named tensors, kerne
 and every layer calls its own by the same names. A reader therefore says how its format calls them
 (`Naming`) and hands them over unread (`Tensor`); `assemble` compares the names and shapes with
 those that the decoder asks for, and then reads one tensor at a time. A kernel may arrive in 4 bits,
-because the file has it so or because it is stored so as it arrives; it stays as it is.
+because the file has it so or because it is stored so as it arrives; it stays as it is. The way back
+is `disassemble`: the tensors that a format asks for, each computed when it is read.
 
 Shapes: V vocabulary, D model width, L layers.
 """
@@ -21,9 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.core.leaves import QuantizedArray
+from lora_jax.core.merge import merged
 from lora_jax.core.rules import path_string
+from lora_jax.core.tree import combine, named_leaves
 from lora_jax.models.decoder import DecoderConfig, parameter_shapes
 
 if TYPE_CHECKING:
@@ -61,6 +65,7 @@ class Checkpoint:
       digest: SHA-256 of the weights' file in hexadecimal; of several, that of their digests.
       metadata: What else the files say: a GGUF file's pairs by their keys (`general.license`, ...),
         or the content of a folder's JSON files by their names (`config.json`, ...).
+      folder: Where those files lie, of a model that came in a folder.
     """
 
     config: DecoderConfig
@@ -72,6 +77,7 @@ class Checkpoint:
     name: str
     digest: str
     metadata: Mapping[str, Any]
+    folder: Path | None = None
 
 
 class Place(NamedTuple):
@@ -186,6 +192,65 @@ def assemble(
             leaves[path] = _room_for(leaf, sizes)
         _put(leaves[path], leading, leaf, path)
     return dataclasses.replace(config, scan_layers=scan_layers), _nested(leaves)
+
+
+def disassemble(
+    config: DecoderConfig, naming: Naming, params: Any, adapters: Any = None, *, dtype: DTypeLike
+) -> list[Tensor]:
+    """The tensors of a decoder by the names of a format; undoes `assemble`.
+
+    Nothing is computed before a tensor is read, and that one alone then: 4-bit weights are decoded
+    and adapters merged a layer at a time, so that no dense model stands beside the packed one.
+
+    Args:
+      config: The decoder, scanned or unrolled.
+      naming: What the tensors are to be called.
+      params: Its parameters, dense or quantized.
+      adapters: What is added to them, as by `lj.merge`; nothing, if None.
+      dtype: Of the tensors.
+
+    Returns:
+      Every tensor that the format has of this decoder, layer by layer.
+
+    Raises:
+      ValueError: If the parameters are not those of the config, or the adapters of another tree.
+    """
+    leaves = dict(named_leaves(combine(params, adapters)))
+    expected = {path: leaf.shape for path, leaf in named_leaves(parameter_shapes(config))}
+    _require(expected, {path: tuple(leaf.shape) for path, leaf in leaves.items()})
+    shapes = parameter_shapes(dataclasses.replace(config, scan_layers=True))
+    tensors = []
+    for name, place in naming.places(config, shapes).items():
+        path, leading = place
+        if leading and not config.scan_layers:
+            path, leading = path.replace("layers/", f"layers_{leading[0]}/", 1), leading[1:]
+        read = functools.partial(_as_stored, leaves[path], leading, path, dtype)
+        tensors.append(Tensor(name, place.shape(shapes), read))
+    return tensors
+
+
+def _as_stored(leaf: Any, leading: tuple[int, ...], path: str, dtype: DTypeLike) -> np.ndarray:
+    """The share of a leaf at an index on its leading axes, dense; kernels as [out, in]."""
+    with np.errstate(over="ignore"):  # whoever writes infinite values looks for them
+        values = np.asarray(merged(jax.tree.map(operator.itemgetter(leading), leaf), dtype), dtype)
+    return values.T if path.endswith("/kernel") else values
+
+
+def _require(
+    expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Every parameter of the decoder in its shape, and no other."""
+    wrong = {
+        "missing": [path for path in expected if path not in shapes],
+        "without a place in it": [path for path in shapes if path not in expected],
+        "of another shape": [
+            f"{path} ({shape}, expected {expected[path]})"
+            for path, shape in shapes.items()
+            if shape != expected.get(path, shape)
+        ],
+    }
+    if found := [f"{_some(names)} {what}" for what, names in wrong.items() if names]:
+        raise ValueError(f"the parameters are not those of the config: {'; '.join(found)}")
 
 
 def _as_parameter(values: np.ndarray | QuantizedArray, path: str, dtype: Any) -> Any:

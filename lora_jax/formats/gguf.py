@@ -62,7 +62,7 @@ _PACKED = {"Q4_0": "q4_0", "Q4_1": "q4_1"}
 _BLOCK = 32  # elements of a block of either
 
 # What a tokenizer is built from: tokens, their types and the merges, a string or number for each.
-_TOKENIZER_LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
+TOKENIZER_LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
 
 
 def read_gguf(
@@ -95,7 +95,7 @@ def read_gguf(
         be stacked.
     """
     path = Path(path)
-    reader = _open(path)
+    reader = open_gguf(path)
     try:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tied_head = all(tensor.name != "output.weight" for tensor in reader.tensors)
@@ -107,7 +107,7 @@ def read_gguf(
         tokenizer = _build_tokenizer(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    special = _special_tokens(metadata)
+    special = special_tokens(metadata)
     return Checkpoint(
         config=config,
         params=params,
@@ -117,11 +117,17 @@ def read_gguf(
         chat_template=metadata.get("tokenizer.chat_template"),
         name=path.stem,
         digest=digest([path]),
-        metadata={key: value for key, value in metadata.items() if key not in _TOKENIZER_LISTS},
+        metadata={key: value for key, value in metadata.items() if key not in TOKENIZER_LISTS},
     )
 
 
-def _open(path: Path) -> gguf.GGUFReader:
+def open_gguf(path: Path) -> gguf.GGUFReader:
+    """Opens a file; of its tensors nothing is read yet.
+
+    Raises:
+      FileNotFoundError: If there is none.
+      ValueError: If it is no GGUF file, or ends too early.
+    """
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -217,7 +223,8 @@ def _repack(rows: np.ndarray, stored: str, kind: str, dtype: DTypeLike) -> Quant
     )
 
 
-def _special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
+def special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
+    """The tokens around a text, as a file's metadata name them."""
     # Files name a token that could begin a text even if the model was trained without one.
     begins = metadata.get("tokenizer.ggml.add_bos_token", False)
     return SpecialTokens(
@@ -234,10 +241,10 @@ def _build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
             f"the tokenizer is of model {kind!r} with pre-tokenizer {splitter!r}; "
             "only 'gpt2' with 'smollm' can be built."
         )
-    for key in _TOKENIZER_LISTS:
+    for key in TOKENIZER_LISTS:
         if key not in metadata:
             raise ValueError(f"the GGUF metadata lacks {key!r}, without which no text can be read.")
-    tokens, types, merges = (metadata[key] for key in _TOKENIZER_LISTS)
+    tokens, types, merges = (metadata[key] for key in TOKENIZER_LISTS)
     try:
         model = models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},

@@ -25,16 +25,15 @@ from typing import Any
 import numpy as np
 import safetensors
 from jax.typing import DTypeLike
-from tokenizers import Tokenizer
 
 from lora_jax.formats.checkpoint import (
     Checkpoint,
     Naming,
-    SpecialTokens,
     Tensor,
     assemble,
     digest,
 )
+from lora_jax.formats.hf_text import read_text
 from lora_jax.models.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderConfig
 from lora_jax.models.families import from_hf
 
@@ -61,7 +60,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def _naming(config: DecoderConfig) -> Naming:
+def naming(config: DecoderConfig) -> Naming:
     """How transformers calls the tensors of a decoder."""
     scales = _SCALES_OF_POST_NORMS if config.post_norms else _SCALES
     layer, experts = "model.layers.{}", "model.layers.{}.mlp.experts.{}"
@@ -106,9 +105,7 @@ def read_hf(
     """
     path = Path(path)
     weights = weight_files(path)
-    described = {name: _read_json(path / name) for name in _DESCRIPTIONS if (path / name).is_file()}
-    if "config.json" not in described:
-        raise FileNotFoundError(f"{path} has no config.json, without which no model is defined.")
+    described = read_descriptions(path)
     if described["config.json"].get("quantization_config"):
         raise ValueError(
             f"{path / 'config.json'} says that the weights are quantized; only those in floating "
@@ -124,22 +121,33 @@ def read_hf(
                 for tensor in _tensors(opened.enter_context(_open(file)), file)
                 if not _is_derived(tensor.name, tied_head=config.tied_head)
             ]
-            config, params = assemble(config, _naming(config), tensors, scan_layers=scan_layers)
+            config, params = assemble(config, naming(config), tensors, scan_layers=scan_layers)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    tokenizer = _read_tokenizer(path)
-    special = _special_tokens(tokenizer, described)
     return Checkpoint(
         config=config,
         params=params,
-        tokenizer=tokenizer,
-        special=special,
-        stop=_stop_tokens(special, described),
-        chat_template=_chat_template(path, described.get("tokenizer_config.json", {})),
-        name=_name(path),
+        **read_text(path, described)._asdict(),
+        name=model_name(path),
         digest=digest(weights),
         metadata=described,
+        folder=path,
     )
+
+
+def read_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a folder says beside its weights, by the names of the files.
+
+    Raises:
+      FileNotFoundError: If it has no config.json.
+      ValueError: If a file is no JSON object.
+    """
+    described = {
+        name: _read_json(folder / name) for name in _DESCRIPTIONS if (folder / name).is_file()
+    }
+    if "config.json" not in described:
+        raise FileNotFoundError(f"{folder} has no config.json, without which no model is defined.")
+    return described
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -223,67 +231,7 @@ def _is_derived(name: str, *, tied_head: bool) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (tied_head and name == "lm_head.weight")
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{path} has no tokenizer.json; write one with transformers: "
-            'AutoTokenizer.from_pretrained("...").save_pretrained("folder").'
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{file} is no tokenizer that can be read: {error}.") from error
-    # Lengths are the business of whoever makes batches; a file may ask for either.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _special_tokens(tokenizer: Tokenizer, described: Mapping[str, Any]) -> SpecialTokens:
-    settings = described.get("tokenizer_config.json", {})
-
-    def token(name: str) -> int | None:
-        text = settings.get(name)
-        text = text.get("content") if isinstance(text, Mapping) else text
-        if text is not None and (index := tokenizer.token_to_id(text)) is not None:
-            return index
-        ids = _ids(described["config.json"].get(f"{name}_id"))
-        return ids[0] if ids else None
-
-    # A model may name a token that begins texts and not use it; the tokenizer knows which.
-    added = tokenizer.encode("").ids
-    begins = settings.get("add_bos_token")
-    bos = token("bos_token")
-    if begins is None:
-        begins = bos is not None and added[:1] == [bos]
-    return SpecialTokens(bos if begins else None, token("eos_token"))
-
-
-def _stop_tokens(special: SpecialTokens, described: Mapping[str, Any]) -> tuple[int, ...]:
-    """The end of a text, and whatever else generation is said to end at, such as that of a turn."""
-    ids = [] if special.eos is None else [special.eos]
-    ids += _ids(described.get("generation_config.json", {}).get("eos_token_id"))
-    return tuple(dict.fromkeys(ids))
-
-
-def _ids(value: Any) -> list[int]:
-    """Token ids of a field that may hold one, several or none."""
-    values = value if isinstance(value, list) else [value]
-    return [index for index in values if isinstance(index, int)]
-
-
-def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
-    if (file := path / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, each with a name
-        templates = {entry.get("name"): entry.get("template") for entry in template}
-        return templates.get("default")
-    return template
-
-
-def _name(path: Path) -> str:
+def model_name(path: Path) -> str:
     """`owner/name` for a folder of the hub's cache, else the folder's own name."""
     repository = path.absolute().parent.parent.name
     if path.absolute().parent.name == "snapshots" and repository.startswith("models--"):
