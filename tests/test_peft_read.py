@@ -161,6 +161,7 @@ def test_experts_are_modules_of_their_own(tmp_path):
     )
 
 
+EXPERT_LAYERS = expert_tree()["layers"]
 NAMED = {
     "h/attn/c_attn/kernel": "transformer.h.{}.attn.c_attn",
     "h/mlp/c_proj/kernel": "transformer.h.{}.mlp.c_proj",
@@ -238,7 +239,27 @@ def test_a_tied_head_is_written_and_read_with_its_embedding(tmp_path):
 
     written["lm_head.lora_B.weight"] *= 2
     save(tmp_path, written)
-    with pytest.raises(ValueError, match=r"lm_head\.lora_B\.weight is not what the base has there"):
+    with pytest.raises(ValueError, match=r"lm_head\.lora_B\.weight is not what it should repeat"):
+        read_peft(tmp_path, base)
+    set_to(alpha_pattern={"embed_tokens": 3})(tmp_path)
+    with pytest.raises(ValueError, match="or their scales differ"):
+        read_peft(tmp_path, base)
+
+
+def test_a_tied_head_with_an_embedding_trained_whole(tmp_path):
+    base = {"embed": {"embedding": np.zeros((7, 4), np.float32)}, "layers": EXPERT_LAYERS}
+    adapters = random_adapters(base, [lj.LoraRule("router", 2, layout="b i o")])
+    adapters["embed"]["embedding"] = np.ones((7, 4), np.float32)
+    write_peft(tmp_path, adapters, base_model="x")
+    written = tensors(tmp_path)
+    np.testing.assert_array_equal(written["lm_head.weight"], np.ones((7, 4)))
+    read_peft(tmp_path, base)
+    written["lm_head.weight"][3] = 2
+    save(tmp_path, written)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not what it should repeat"):
+        read_peft(tmp_path, base)
+    set_to(ensure_weight_tying=False)(tmp_path)
+    with pytest.raises(ValueError, match="ensure_weight_tying is not set"):
         read_peft(tmp_path, base)
 
 
@@ -408,7 +429,7 @@ def test_what_says_nothing_is_passed_over(checkpoint, tmp_path):
 def test_a_weight_that_is_not_the_bases_own(checkpoint, tmp_path):
     name = "model.embed_tokens.base_layer.weight"
     edited(lambda t: t.update({name: 2 * t[name]}))(copy(tmp_path, "embedding"))
-    with pytest.raises(ValueError, match=f"{name} is not what the base has there"):
+    with pytest.raises(ValueError, match=f"{name} is not what it should repeat"):
         read_peft(tmp_path, checkpoint.params)
     read_peft(tmp_path, shapes(checkpoint.params))  # of which nothing is known
 

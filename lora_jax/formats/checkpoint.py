@@ -275,8 +275,8 @@ def _put(stacked: Any, leading: tuple[int, ...], leaf: Any, path: str) -> None:
     if there != here:
         ways = ["dense" if isinstance(x, np.ndarray) else str(x.kind) for x in (leaf, stacked)]
         raise ValueError(
-            f"{path} is stored in one way in layer {leading[0]} ({ways[0]}) and in another before "
-            f"it ({ways[1]}), so that layers cannot be stacked; write scan_layers=False"
+            f"{path} is stored in one way at {list(leading)} ({ways[0]}) and in another before it "
+            f"({ways[1]}), so that they cannot be stacked; layers need not be: scan_layers=False"
         )
     for room, x in zip(jax.tree.leaves(stacked), jax.tree.leaves(leaf), strict=True):
         room[leading] = x

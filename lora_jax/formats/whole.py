@@ -25,7 +25,7 @@ def written_whole(*paths: Path) -> Iterator[list[Path]]:
     try:
         yield partials
         for partial in partials:
-            with partial.open("rb") as file:
+            with partial.open("r+b") as file:
                 os.fsync(file.fileno())  # a rename must not reach the disk before the content
         for partial, path in zip(partials, paths, strict=True):
             partial.replace(path)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from lora_jax.models.config import DecoderConfig, Kind
+from lora_jax.models.config import AttentionKind, DecoderConfig
 from lora_jax.models.parts import RMSNorm, capped, dense
 
 
@@ -80,14 +80,16 @@ class Carry(NamedTuple):
     cache: KVCache | None
 
 
-def rotary(positions: jax.Array, config: DecoderConfig, kind: Kind) -> tuple[jax.Array, jax.Array]:
+def rotary(
+    positions: jax.Array, config: DecoderConfig, kind: AttentionKind
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the rotary angles (Su et al., 2021), float32 [B, T, 1, H/2] each."""
     frequencies = _frequencies(config.head_dim, kind)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _frequencies(head_dim: int, kind: Kind) -> np.ndarray:
+def _frequencies(head_dim: int, kind: AttentionKind) -> np.ndarray:
     """Radians a position, float32 [H/2]; zero where attention knows no positions."""
     # An error in a frequency grows with the position: take them in float64, and round once.
     exponents = np.arange(0, head_dim, 2) / head_dim

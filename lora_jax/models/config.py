@@ -42,7 +42,7 @@ class RopeScaling:
             )
 
 
-class Kind(NamedTuple):
+class AttentionKind(NamedTuple):
     """In what the attention of a layer may differ from that of its neighbours.
 
     Attributes:
@@ -184,16 +184,16 @@ class DecoderConfig:
             )
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
         """What the attention of each layer is like."""
 
-        def kind(layer: int) -> Kind:
+        def kind(layer: int) -> AttentionKind:
             theta, scaling = self.rope_theta, self.rope_scaling
             window = self.window if layer in self.windowed_layers else None
             if window is not None and self.local_rope_theta is not None:
                 theta, scaling = self.local_rope_theta, None
             if layer in self.unrotated_layers:
-                return Kind(window, None, None)
-            return Kind(window, theta, scaling)
+                return AttentionKind(window, None, None)
+            return AttentionKind(window, theta, scaling)
 
         return tuple(kind(layer) for layer in range(self.num_layers))

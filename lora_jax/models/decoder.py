@@ -53,7 +53,7 @@ from lora_jax.models.attention import (
     visible,
     within,
 )
-from lora_jax.models.config import DecoderConfig, Kind
+from lora_jax.models.config import AttentionKind, DecoderConfig
 from lora_jax.models.layers import Layer, Step
 from lora_jax.models.parts import RMSNorm, capped
 
@@ -251,19 +251,19 @@ class Decoder(nn.Module):
 
     def _contexts(
         self, positions: jax.Array, mask: jax.Array | None, key_positions: jax.Array
-    ) -> dict[Kind, Context]:
+    ) -> dict[AttentionKind, Context]:
         """What the layers of each kind share; no mask says that the windows hide nothing."""
 
-        def context(kind: Kind) -> Context:
+        def context(kind: AttentionKind) -> Context:
             seen = mask
             if seen is not None and kind.window is not None:
                 seen = seen & within(kind.window, positions, key_positions)
             return Context(*rotary(positions, self.config, kind), seen)
 
-        return {kind: context(kind) for kind in dict.fromkeys(self.config.kinds)}
+        return {kind: context(kind) for kind in dict.fromkeys(self.config.attention_kinds)}
 
-    def _run(self, carry: Carry, contexts: dict[Kind, Context]) -> Carry:
-        kinds = self.config.kinds
+    def _run(self, carry: Carry, contexts: dict[AttentionKind, Context]) -> Carry:
+        kinds = self.config.attention_kinds
         if not self.config.scan_layers:
             for index, layer in enumerate(self.layers):
                 carry, _ = layer(carry, Step(index), contexts[kinds[index]])

@@ -6,6 +6,7 @@ a way that the decoder does not know: a checkpoint read in part is a wrong model
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -15,49 +16,9 @@ from lora_jax.models.config import (
     DecoderConfig,
     RopeScaling,
 )
+from lora_jax.models.shapes import SHAPES
 
-# Published shapes, for plans and measurements that need no weights.
-SHAPES: Mapping[str, DecoderConfig] = {
-    "smollm2-135m": DecoderConfig(
-        vocab_size=49_152,
-        dim=576,
-        mlp_dim=1_536,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        rope_theta=100_000.0,
-        tied_head=True,
-    ),
-    "llama-2-7b": DecoderConfig(
-        vocab_size=32_000,
-        dim=4_096,
-        mlp_dim=11_008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-    ),
-    "llama-3-8b": DecoderConfig(
-        vocab_size=128_256,
-        dim=4_096,
-        mlp_dim=14_336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        rope_theta=500_000.0,
-    ),
-    "llama-65b": DecoderConfig(
-        vocab_size=32_000,
-        dim=8_192,
-        mlp_dim=22_016,
-        num_layers=80,
-        num_heads=64,
-        num_kv_heads=64,
-        head_dim=128,
-    ),
-}
+__all__ = ["SHAPES", "from_gguf", "from_hf"]
 
 
 def from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> DecoderConfig:
@@ -114,64 +75,100 @@ def from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> DecoderConfig:
     )
 
 
-# What the decoder is in each family of transformers, whatever the fields of its config.json.
-_GEMMA: Mapping[str, Any] = {"zero_centered_norms": True, "post_norms": True}
-_FIXED: Mapping[str, Mapping[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"biases": ATTENTION_PROJECTIONS[:3]},
-    "qwen3": {"qk_norm": True},
-    "qwen3_moe": {"qk_norm": True},
-    "smollm3": {},
-    "gemma2": _GEMMA,
-    "gemma3_text": {**_GEMMA, "qk_norm": True},
-}
-# What a file means that leaves a field out, where that is not "no".
-_GEMMA_FIELDS: Mapping[str, Any] = {
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """What a `model_type` of transformers means beyond the fields of its config.json.
+
+    Attributes:
+      shape: Fields of `DecoderConfig` that are so in the whole family.
+      implied: Fields of config.json that a file may leave out where that is not to say no.
+      windowed: Whether a layer has a window, by the fields and its number, if there is a window.
+      switched: Whether there is one only if `use_sliding_window` says so.
+      typed: Whether `layer_types` may say otherwise which layers have it.
+    """
+
+    shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    windowed: Callable[[Mapping[str, Any], int], bool] = lambda fields, layer: True
+    switched: bool = False
+    typed: bool = False
+
+
+def _is_late(fields: Mapping[str, Any], layer: int) -> bool:
+    return layer >= fields["max_window_layers"]
+
+
+def _is_rotated(fields: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer of SmolLM3 knows positions: despite its name, the list has a 1 for those."""
+    listed = fields.get("no_rope_layers")
+    if listed is None:
+        return (layer + 1) % fields["no_rope_layer_interval"] != 0
+    if layer >= len(listed):
+        raise ValueError(f"no_rope_layers is {listed} in config.json; expected one for each layer.")
+    return bool(listed[layer])
+
+
+_QWEN_IMPLIED: Mapping[str, Any] = {"sliding_window": 4096, "max_window_layers": 28}
+_GEMMA_SHAPE: Mapping[str, Any] = {"zero_centered_norms": True, "post_norms": True}
+_GEMMA_IMPLIED: Mapping[str, Any] = {
     "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
-_QWEN_FIELDS: Mapping[str, Any] = {"sliding_window": 4096, "max_window_layers": 28}
-_IMPLIED: Mapping[str, Mapping[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 4096, "use_sliding_window": True},
-    "qwen2": _QWEN_FIELDS,
-    "qwen3": {**_QWEN_FIELDS, "head_dim": 128},
-    "qwen3_moe": {"sliding_window": 4096},
-    "smollm3": {
-        "no_rope_layer_interval": 4,
-        "rope_theta": 2_000_000.0,
-        "tie_word_embeddings": True,
-    },
-    "gemma2": {
-        **_GEMMA_FIELDS,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "use_sliding_window": True,
-    },
-    "gemma3_text": {
-        **_GEMMA_FIELDS,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "sliding_window_pattern": 6,
-        "use_sliding_window": True,
-    },
+_FAMILIES: Mapping[str, _Family] = {
+    "llama": _Family(windowed=lambda fields, layer: False),
+    "mistral": _Family(implied={"sliding_window": 4096}),
+    "qwen2": _Family(
+        shape={"biases": ATTENTION_PROJECTIONS[:3]},
+        implied=_QWEN_IMPLIED,
+        windowed=_is_late,
+        switched=True,
+        typed=True,
+    ),
+    "qwen3": _Family(
+        shape={"qk_norm": True},
+        implied={**_QWEN_IMPLIED, "head_dim": 128},
+        windowed=_is_late,
+        switched=True,
+        typed=True,
+    ),
+    "qwen3_moe": _Family(shape={"qk_norm": True}, implied={"sliding_window": 4096}, switched=True),
+    "smollm3": _Family(
+        implied={
+            "no_rope_layer_interval": 4,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+        },
+        windowed=lambda fields, layer: not _is_rotated(fields, layer),
+        switched=True,
+        typed=True,
+    ),
+    "gemma2": _Family(
+        shape=_GEMMA_SHAPE,
+        implied={
+            **_GEMMA_IMPLIED,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        windowed=lambda fields, layer: layer % 2 == 0,
+        typed=True,
+    ),
+    "gemma3_text": _Family(
+        shape={**_GEMMA_SHAPE, "qk_norm": True},
+        implied={
+            **_GEMMA_IMPLIED,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+        },
+        windowed=lambda fields, layer: (layer + 1) % fields["sliding_window_pattern"] != 0,
+        typed=True,
+    ),
 }
-# Whether a layer has a window, where `layer_types` does not say.
-_HAS_WINDOW: Mapping[str, Callable[[Mapping[str, Any], int], bool]] = {
-    "llama": lambda fields, layer: False,
-    "mistral": lambda fields, layer: True,
-    "qwen2": lambda fields, layer: layer >= fields["max_window_layers"],
-    "qwen3": lambda fields, layer: layer >= fields["max_window_layers"],
-    "qwen3_moe": lambda fields, layer: True,
-    "smollm3": lambda fields, layer: not _is_rotated(fields, layer),
-    "gemma2": lambda fields, layer: layer % 2 == 0,
-    "gemma3_text": lambda fields, layer: (layer + 1) % fields["sliding_window_pattern"] != 0,
-}
-_TYPED = ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")  # those that know `layer_types`
+# The fields in which null is a value, and no other word for leaving them out.
+_NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -190,13 +187,14 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         one asks for something that the decoder does not do.
     """
     family = str(config.get("model_type"))
-    if family not in _FIXED:
+    if family not in _FAMILIES:
         raise ValueError(
-            f"model_type {family!r} in config.json; only {', '.join(_FIXED)} can be read."
+            f"model_type {family!r} in config.json; only {', '.join(_FAMILIES)} can be read."
         )
-    fields = {**_IMPLIED[family], **config}
+    said = {name: x for name, x in config.items() if x is not None or name in _NULLABLE}
+    fields = {**_FAMILIES[family].implied, **said}
     for name in ("use_bidirectional_attention", "use_mrope"):
-        _refuse_all_but([False], name, fields.get(name) or False)
+        _refuse_all_but([False], name, fields.get(name, False))
     dim, num_heads = _need(fields, "hidden_size"), _need(fields, "num_attention_heads")
     layers = _need(fields, "num_hidden_layers")
     window, windowed = _windows(fields, layers)
@@ -205,8 +203,8 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         "dim": dim,
         "num_layers": layers,
         "num_heads": num_heads,
-        "num_kv_heads": fields.get("num_key_value_heads") or num_heads,
-        "head_dim": fields.get("head_dim") or dim // num_heads,
+        "num_kv_heads": fields.get("num_key_value_heads", num_heads),
+        "head_dim": fields.get("head_dim", dim // num_heads),
         "window": window,
         "windowed_layers": windowed,
         "norm_eps": _need(fields, "rms_norm_eps"),
@@ -219,7 +217,7 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         shape["unrotated_layers"] = tuple(k for k in range(layers) if not _is_rotated(fields, k))
     if family in ("gemma2", "gemma3_text"):
         shape |= _gemma(fields)
-    return DecoderConfig(**{**shape, **_FIXED[family]})
+    return DecoderConfig(**{**shape, **_FAMILIES[family].shape})
 
 
 def _need(fields: Mapping[str, Any], name: str) -> Any:
@@ -236,33 +234,25 @@ def _refuse_all_but(known: Collection[Any], name: str, value: Any) -> None:
 
 def _windows(fields: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[int, ...]]:
     """The window, and the layers that have it."""
-    family = fields["model_type"]
-    window = fields.get("sliding_window") if fields.get("use_sliding_window") else None
-    has_window = [window is not None and _HAS_WINDOW[family](fields, k) for k in range(layers)]
-    if (types := fields.get("layer_types")) is not None:
-        usual = [_SLIDING if one else _FULL for one in has_window]
+    family, window = _FAMILIES[fields["model_type"]], fields.get("sliding_window")
+    if family.switched and not fields.get("use_sliding_window"):
+        window = None
+    types = fields.get("layer_types")
+    if types is None or not family.typed:
+        windowed = [window is not None and family.windowed(fields, k) for k in range(layers)]
+        for one in types or ():
+            _refuse_all_but([_SLIDING if any(windowed) else _FULL], "layer_types", one)
+    else:
         for one in types:
-            _refuse_all_but(
-                [_FULL, _SLIDING] if family in _TYPED else [usual[0]], "layer_types", one
-            )
+            _refuse_all_but([_FULL, _SLIDING], "layer_types", one)
         if len(types) != layers or (_SLIDING in types and window is None):
             raise ValueError(
                 f"layer_types is {types} in config.json; expected one of each of the {layers} "
                 f"layers, and a sliding_window for {_SLIDING!r}."
             )
-        has_window = [one == _SLIDING for one in types]
-    windowed = tuple(k for k in range(layers) if has_window[k])
-    return (window if windowed else None), windowed
-
-
-def _is_rotated(fields: Mapping[str, Any], layer: int) -> bool:
-    """Whether a layer of SmolLM3 knows positions: despite its name, the list has a 1 for those."""
-    listed = fields.get("no_rope_layers")
-    if listed is None:
-        return (layer + 1) % fields["no_rope_layer_interval"] != 0
-    if layer >= len(listed):
-        raise ValueError(f"no_rope_layers is {listed} in config.json; expected one for each layer.")
-    return bool(listed[layer])
+        windowed = [one == _SLIDING for one in types]
+    numbers = tuple(k for k in range(layers) if windowed[k])
+    return (window if numbers else None), numbers
 
 
 def _biases(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -273,7 +263,7 @@ def _biases(fields: Mapping[str, Any]) -> tuple[str, ...]:
 def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary positions; transformers 5 moved theta and scaling into `rope_parameters`."""
     whole = {"rope_theta": fields.get("rope_theta", 10_000.0)}
-    given, scaling = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
+    given, scaling = fields.get("rope_parameters", {}), fields.get("rope_scaling", {})
     if fields["model_type"] != "gemma3_text":
         whole |= scaling or given
         for name in whole:
@@ -302,7 +292,7 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
 def _scaling(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> RopeScaling | None:
     kind, part = _rope_type(rope), "partial_rotary_factor"
     _refuse_all_but(["default", "linear", "llama3"], "rope_type", kind)
-    _refuse_all_but([1.0], part, rope.get(part, fields.get(part)) or 1.0)
+    _refuse_all_but([1.0], part, rope.get(part) or fields.get(part, 1.0))
     if kind == "default":
         return None
     if kind == "linear":
@@ -319,12 +309,12 @@ def _scaling(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> RopeScaling 
 def _mlp(fields: Mapping[str, Any]) -> dict[str, Any]:
     activation = "hidden_activation" if "hidden_activation" in fields else "hidden_act"
     value = fields.get(activation, "silu")
-    _refuse_all_but(_ACTIVATIONS, activation, value)
+    _refuse_all_but(list(_ACTIVATIONS), activation, value)
     shape: dict[str, Any] = {"activation": _ACTIVATIONS[value]}
     if fields["model_type"] != "qwen3_moe":
         return shape | {"mlp_dim": _need(fields, "intermediate_size")}
     # Layers of both kinds could not be scanned as one.
-    _refuse_all_but([[]], "mlp_only_layers", fields.get("mlp_only_layers") or [])
+    _refuse_all_but([[]], "mlp_only_layers", fields.get("mlp_only_layers", []))
     _refuse_all_but([1], "decoder_sparse_step", fields.get("decoder_sparse_step", 1))
     experts = "num_local_experts" if "num_local_experts" in fields else "num_experts"
     return shape | {

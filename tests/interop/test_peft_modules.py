@@ -12,10 +12,14 @@ import safetensors.numpy
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lora_jax as lj
 from lora_jax.formats.peft import read_peft, write_peft
+
+# peft 0.21.2 asks transformers 5.23 for a name that the latter has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
 
 WIDTH, EXPERTS, LAYERS = 8, 3, 2
 X = np.random.default_rng(0).normal(size=(5, WIDTH)).astype(np.float32)
@@ -201,3 +205,56 @@ def test_modules_saved_whole(tmp_path, trained):
     write_peft(tmp_path / "ours", adapters, fan_in_fan_out="h/./kernel", **options)
     loaded = output(PeftModel.from_pretrained(build(case), tmp_path / "ours").eval())
     np.testing.assert_array_equal(loaded, output(model))
+
+
+def mixture():
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=97,
+        hidden_size=16,
+        moe_intermediate_size=12,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # peft's own
+def test_experts_that_transformers_has_fused(tmp_path):
+    """It has one parameter for all gates and ups of a layer; peft fuses their adapters, too."""
+    rng = np.random.default_rng(0)
+
+    def adapter(*batch, inn, out):
+        sizes = (*batch, 3, inn), (*batch, out, 3)
+        return lj.Adapter(*(rng.normal(size=size).astype(np.float32) for size in sizes), 0.5)
+
+    experts = {
+        "gate_proj": adapter(LAYERS, 4, inn=16, out=12),
+        "up_proj": adapter(LAYERS, 4, inn=16, out=12),
+        "down_proj": adapter(LAYERS, 4, inn=12, out=16),
+    }
+    q = adapter(LAYERS, inn=16, out=16)
+    layers = {
+        "mlp": {"experts": {name: {"kernel": leaf} for name, leaf in experts.items()}},
+        "attn": {"q_proj": {"kernel": q}},
+    }
+    write_peft(tmp_path, {"layers": layers}, base_model="x")
+    tokens = torch.arange(12)[None]
+    model, loaded = mixture(), PeftModel.from_pretrained(mixture(), tmp_path).eval()
+    updates = {name: torch.from_numpy(x.scale * x.b @ x.a) for name, x in experts.items()}
+    with torch.no_grad():
+        plain = model(tokens).logits
+        for k, layer in enumerate(model.model.layers):
+            fused = torch.cat([updates["gate_proj"][k], updates["up_proj"][k]], 1)
+            layer.mlp.experts.gate_up_proj += fused
+            layer.mlp.experts.down_proj += updates["down_proj"][k]
+            layer.self_attn.q_proj.weight += torch.from_numpy(q.scale * q.b[k] @ q.a[k])
+        expected = model(tokens).logits
+        found = loaded(tokens).logits
+    assert (expected - plain).abs().max() > 0.1
+    assert (found - expected).abs().max() <= 1e-4

@@ -132,26 +132,23 @@ def read_config(folder: Path) -> PeftConfig:
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+        raise ValueError(f"{CONFIG} is not valid JSON: {error}.") from error
     if not isinstance(options, dict):
-        raise ValueError(f"{path} holds a JSON {type(options).__name__}, expected an object.")
-    try:
-        _refuse(options)
-        return _understood(options)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{CONFIG} holds a JSON {type(options).__name__}, expected an object.")
+    _refuse(options)
+    return _understood(options)
 
 
 def _refuse(options: Mapping[str, Any]) -> None:
     """An error for what would change the function and is not understood."""
     if (kind := options.get("peft_type")) != "LORA":
-        raise ValueError(f"peft_type is {kind!r}; only 'LORA' can be read.")
+        raise ValueError(f"{CONFIG}: peft_type is {kind!r}; only 'LORA' can be read.")
     start = options.get("init_lora_weights", True)
     if start not in _STARTS:
         raise ValueError(
-            f"init_lora_weights is {start!r}, a start that may have moved the base: such an "
-            "adapter does not belong to the model that it names. Save it with peft as an ordinary "
-            "one: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+            f"{CONFIG}: init_lora_weights is {start!r}, a start that may have moved the base: such "
+            "an adapter does not belong to the model that it names. Save it with peft as an "
+            "ordinary one: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     plain = {"bias": "none", "init_lora_weights": start}
     unknown = {
@@ -162,8 +159,8 @@ def _refuse(options: Mapping[str, Any]) -> None:
     if unknown:
         found = ", ".join(f"{name} = {json.dumps(value)}" for name, value in unknown.items())
         raise ValueError(
-            f"{found} cannot be honoured, and the adapter would be another without; merge it with "
-            "peft's merge_and_unload(), and read the merged model."
+            f"{CONFIG}: {found} cannot be honoured, and the adapter would be another without; "
+            "merge it with peft's merge_and_unload(), and read the merged model."
         )
 
 
@@ -176,7 +173,7 @@ def _understood(options: Mapping[str, Any]) -> PeftConfig:
             continue  # PEFT's default, which for these is also what says nothing
         check, expected = _CHECKS[name]
         if not check(value):
-            raise ValueError(f"{name} is {value!r}, expected {expected}.")
+            raise ValueError(f"{CONFIG}: {name} is {value!r}, expected {expected}.")
         values[name] = value
     for name in ("target_modules", "exclude_modules"):
         if isinstance(values.get(name), list):

@@ -53,7 +53,7 @@ def read_peft(
         decoder, scanned or unrolled, or of any model with `names`.
       strict: whether tensors that are missing, have no place in the base, or are of another shape
         are an error. If not, they are passed over, as peft does with most of them.
-      dtype: of what is read; as it is on disk, if None.
+      dtype: of what is read; as it is on disk, if None (but float64 only where JAX has x64).
       names: what torch calls the module of a leaf, by the leaf's path, with a `{}` for each batch
         axis: `{"h/attn/c_attn/kernel": "transformer.h.{}.attn.c_attn"}`, or a function.
       layouts: by patterns searched in paths, the layout of dense leaves that have more than two
@@ -107,7 +107,7 @@ def _wanted(
         is_adapted = config.is_adapted(place.module)
         if is_adapted is None:
             is_adapted = any(name in weights.shapes for name in place.factors)
-        if not is_adapted or parameter(place.path) == "bias":
+        if not is_adapted or parameter(place.path) == "bias" or len(place.shape) < 2:
             continue
         if place.layout is None:
             raise ValueError(
@@ -138,7 +138,7 @@ def _compare(expected: dict[str, tuple[int, ...]], weights: Weights, repeats: Re
     wrong = {
         "missing": [name for name in expected if name not in shapes],
         "without a place in the base or the config": [name for name in shapes if name not in known],
-        "not what the base has there": sorted(repeats.differing),
+        "not what it should repeat": sorted(repeats.differing),
         "more than once in the file": weights.doubled,
         "of another shape": [
             f"{name} ({shape}, expected {expected[name]})"

@@ -46,8 +46,8 @@ def refuse_untied(config: PeftConfig, trained: list[Place]) -> None:
     if not any(place.path == EMBEDDING for place in trained):
         return
     embedding = str(decoder_module(EMBEDDING))
-    scales = {config.scale(embedding), config.scale(HEAD_MODULE)}
-    if not config.ensure_weight_tying or len(scales) > 1:
+    same_scale = config.scale(embedding) == config.scale(HEAD_MODULE)
+    if not (config.ensure_weight_tying and (same_scale or config.is_saved(embedding))):
         raise ValueError(
             f"{embedding} is trained without the head that is tied to it (ensure_weight_tying is "
             "not set, or their scales differ), and in this base one leaf is both; give the base a "
