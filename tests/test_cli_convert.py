@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 from family_cases import CASES, write_family
 from hf_folder import tensors, write_folder
+from tiny_model import write_model
 from tiny_runs import arguments, finetune, one_sentence, weights, write_files
 
 import lora_jax as lj
@@ -211,6 +212,17 @@ def test_models_become_folders(files, tmp_path, capsys):
     found = safetensors.numpy.load_file(tmp_path / "two" / "model.safetensors")
     for name, values in tensors(jnp.bfloat16).items():
         np.testing.assert_array_equal(found[name], values)
+
+
+def test_the_four_bits_of_a_file_are_decoded_as_they_are(tmp_path, capsys):
+    model = write_model(tmp_path / "model.gguf", kind="Q4_1")
+    said, _ = converted(capsys, model, tmp_path / "packed", base="q4_1")
+    assert f"{model} is read, its kernels are stored in q4_1, and it is written in float32." in said
+    converted(capsys, model, tmp_path / "dense")
+    packed, dense = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("packed", "dense")
+    )
+    assert packed == dense
 
 
 # What is refused.
