@@ -161,6 +161,45 @@ def test_experts_are_modules_of_their_own(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "targets", [["down_proj"], ["experts.gate_up_proj", "mlp.experts.down_proj"]]
+)
+def test_experts_in_one_parameter(tmp_path, targets):
+    """Of width 4 and 5: rows of A lie expert by expert, B's columns rank by rank."""
+    rng, rank, experts = np.random.default_rng(0), 2, 3
+    base = {"layers": {"mlp": {"experts": {}}}}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        shape = (2, experts, 5, 4) if name == "down_proj" else (2, experts, 4, 5)
+        base["layers"]["mlp"]["experts"][name] = {"kernel": np.zeros(shape, np.float32)}
+    sizes = {"down_proj": (5, 4), "gate_up_proj": (4, 10)}
+    named, factors = {}, {}
+    for layer in (0, 1):
+        for depth, target in enumerate(reversed(targets)):
+            inn, out = sizes[kind := target.rpartition(".")[2]]
+            a, b = rng.normal(size=(rank * experts, inn)), rng.normal(size=(out, rank * experts))
+            factors[layer, kind] = a, b
+            module = f"model.layers.{layer}.mlp.experts{'.base_layer' * depth}"
+            named |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    save(tmp_path, {name: x.astype(np.float32) for name, x in named.items()})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 3, "target_modules": ["down_proj"]}
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"target_parameters": targets}))
+    leaves = read_peft(tmp_path, base)["layers"]["mlp"]["experts"]
+    for (layer, kind), (a, b) in factors.items():
+        parts = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else ["down_proj"]
+        leaf = [leaves[part]["kernel"] for part in parts]
+        for expert in range(experts):
+            expected = 0
+            for k in range(rank):
+                expected += 1.5 * np.outer(b[:, k * experts + expert], a[expert * rank + k])
+            found = [x.scale * x.b[layer, expert] @ x.a[layer, expert] for x in leaf]
+            np.testing.assert_allclose(np.concatenate(found), expected, rtol=1e-5, atol=1e-5)
+    assert (leaves["gate_proj"]["kernel"] is None) == (len(targets) == 1)
+    config["target_parameters"] = ["router.weight"]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"adapts the parameters router\.weight, and the base has"):
+        read_peft(tmp_path, base)
+
+
 EXPERT_LAYERS = expert_tree()["layers"]
 NAMED = {
     "h/attn/c_attn/kernel": "transformer.h.{}.attn.c_attn",

@@ -94,7 +94,7 @@ def test_every_field_is_understood_or_known_to_be_silent_or_refused(tmp_path):
     seen = {
         *("alora_invocation_tokens", "arrow_config", "bias", "init_lora_weights", "kasa_config"),
         *("layer_replication", "lora_bias", "megatron_config", "monteclora_config"),
-        *("target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora"),
+        *("trainable_token_indices", "use_bdlora", "use_dora", "use_qalora"),
     }  # refused unless they say nothing
     known = seen | config._SILENT | config._UNDERSTOOD
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= known

@@ -225,6 +225,45 @@ def mixture():
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # peft's own
+def test_adapters_of_fused_experts(tmp_path):
+    """What peft trained on such a parameter, and its adapter for each expert when it is written."""
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        rank_pattern={"experts.gate_up_proj": 2},
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(mixture(), config).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    kernel = {"gate_proj": (16, 12), "up_proj": (16, 12), "down_proj": (12, 16)}
+    experts = {
+        name: {"kernel": np.zeros((LAYERS, 4, *size), np.float32)} for name, size in kernel.items()
+    }
+    attn = {"q_proj": {"kernel": np.zeros((LAYERS, 16, 16), np.float32)}}
+    base = {"layers": {"mlp": {"experts": experts}, "attn": attn}}
+    adapters = read_peft(tmp_path / "theirs", base)
+    merged = lj.merge(base, adapters)["layers"]["mlp"]["experts"]
+    for k, layer in enumerate(model.base_model.model.model.layers):
+        down = layer.mlp.experts
+        gate_up = down.base_layer
+        with torch.no_grad():
+            expected = down.get_delta_weight("default"), gate_up.get_delta_weight("default")
+        ours = [np.swapaxes(merged[name]["kernel"][k], 1, 2) for name in kernel]
+        np.testing.assert_allclose(ours[2], expected[0], atol=1e-5)
+        np.testing.assert_allclose(np.concatenate(ours[:2], 1), expected[1], atol=1e-5)
+
+    write_peft(tmp_path / "ours", adapters, base_model="x")
+    loaded = PeftModel.from_pretrained(mixture(), tmp_path / "ours").eval()
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        assert (loaded(tokens).logits - model(tokens).logits).abs().max() <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # peft's own
 def test_experts_that_transformers_has_fused(tmp_path):
     """It has one parameter for all gates and ups of a layer; peft fuses their adapters, too."""
     rng = np.random.default_rng(0)

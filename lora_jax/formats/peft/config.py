@@ -26,6 +26,7 @@ _SILENT = {
 _UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "ensure_weight_tying"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    "target_parameters",
     *("modules_to_save", "rank_pattern", "alpha_pattern"),
 }
 # Starts that leave the base as it is; pissa, olora, corda, loftq and lora_ga move it.
@@ -46,6 +47,7 @@ class PeftConfig:
       layers_pattern: what the list of layers is called, where that is ambiguous.
       modules_to_save: endings of the names of modules that are trained whole.
       rank_pattern, alpha_pattern: what is different, by regular expressions.
+      target_parameters: endings of the names of parameters that are adapted without their module.
       ensure_weight_tying: whether a head that is the embedding is trained along with it.
     """
 
@@ -60,6 +62,7 @@ class PeftConfig:
     modules_to_save: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
 
     def is_saved(self, module: str) -> bool:
@@ -79,6 +82,10 @@ class PeftConfig:
         if isinstance(self.target_modules, str) or module in self.target_modules:
             return True  # PEFT restricts to layers only what a short name matched
         return not self.layers_to_transform or self._layer(module) in self.layers_to_transform
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether a parameter is adapted by itself."""
+        return _named(self.target_parameters, name)
 
     def _layer(self, module: str) -> int | None:
         """The first number after the name of a list of layers, by default after any name."""
@@ -178,7 +185,7 @@ def _understood(options: Mapping[str, Any]) -> PeftConfig:
     for name in ("target_modules", "exclude_modules"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
-    for name in ("layers_to_transform", "layers_pattern", "modules_to_save"):
+    for name in ("layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters"):
         if name in values:
             value = values[name]
             values[name] = tuple(value) if isinstance(value, list) else (value,)
@@ -225,6 +232,7 @@ _CHECKS = {
     ),
     "layers_pattern": _NAMES,
     "modules_to_save": (_names, "a list of names"),
+    "target_parameters": (_names, "a list of names"),
     "rank_pattern": (lambda x: _patterns(x, _is_rank), "ranks by regular expressions"),
     "alpha_pattern": (lambda x: _patterns(x, _is_number), "numbers by regular expressions"),
 }

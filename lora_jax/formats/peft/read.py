@@ -6,10 +6,12 @@ So every tensor that must be there is known before one is read.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from jax.typing import DTypeLike
 from lora_jax.core.leaves import Adapter
 from lora_jax.core.tree import combine, map_leaves
 from lora_jax.formats.peft.config import PeftConfig, read_config
+from lora_jax.formats.peft.fused import Fused, find_fused, fused_shapes, fused_shares
 from lora_jax.formats.peft.naming import Names, adapter_indices, naming, parameter, turned
 from lora_jax.formats.peft.places import Place, all_places
 from lora_jax.formats.peft.repeats import Repeats, find_repeats, has_tied_head, refuse_untied
@@ -76,15 +79,19 @@ def read_peft(
         with open_weights(folder) as weights:
             config = read_config(folder)
             places = all_places(base, naming(names), layouts or {}, fan_in_fan_out)
-            adapted, whole = _wanted(config, places, weights)
+            fused = find_fused(config, places)
+            joined = {place for parameter in fused for parts in parameter.places for place in parts}
+            apart = [place for place in places if place not in joined]
+            adapted, whole = _wanted(config, apart, weights)
             if is_tied := names is None and has_tied_head(base):
                 refuse_untied(config, [*adapted, *whole])
-            expected = _expected(config, adapted, whole)
+            expected = _expected(config, adapted, whole) | fused_shapes(fused)
             if strict:
                 repeats = find_repeats(weights, base, adapted, whole, is_tied)
                 _compare(expected, weights, repeats)
             found = {name for name, shape in expected.items() if weights.shapes.get(name) == shape}
-            shares = _shares(config, weights, found, adapted, whole, dtype)
+            read = functools.partial(weights.read, dtype=dtype)
+            shares = _shares(config, found, read, adapted, whole, fused)
             adapters = map_leaves(lambda at, leaf: _gathered(at, leaf, shares.get(at)), base)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -165,27 +172,30 @@ def _some(names: list[str]) -> str:
 
 def _shares(
     config: PeftConfig,
-    weights: Weights,
     found: set[str],
+    read: Callable[[str], np.ndarray],
     adapted: list[Place],
     whole: list[Place],
-    dtype: DTypeLike | None,
+    fused: list[Fused],
 ) -> dict[str, dict[tuple[int, ...], Any]]:
     """What is in the file of each leaf, by the position on its batch axes."""
-    shares: dict[str, dict[tuple[int, ...], Any]] = {}
+    shares: dict[str, dict[tuple[int, ...], Any]] = collections.defaultdict(dict)
+
+    def add(place: Place, name: str, first: np.ndarray, second: np.ndarray) -> None:
+        assert place.layout is not None  # see _wanted
+        a, b = turned(place.path, place.layout, first, second)
+        dropout = float(config.lora_dropout)
+        shares[place.path][place.index] = Adapter(a, b, config.scale(name), dropout, place.layout)
+
     for place in adapted:
         if found.issuperset(place.factors):
-            first, second = (weights.read(name, dtype) for name in place.factors)
-            assert place.layout is not None  # see _wanted
-            a, b = turned(place.path, place.layout, first, second)
-            scale = config.scale(place.module)
-            share: Any = Adapter(a, b, scale, float(config.lora_dropout), place.layout)
-            shares.setdefault(place.path, {})[place.index] = share
+            add(place, place.module, *map(read, place.factors))
+    for place, name, a, b in fused_shares(fused, found, read):
+        add(place, name, a, b)
     for place in whole:
         if place.parameter in found:
-            share = weights.read(place.parameter, dtype)
-            share = share.T if place.is_turned else share
-            shares.setdefault(place.path, {})[place.index] = share
+            share = read(place.parameter)
+            shares[place.path][place.index] = share.T if place.is_turned else share
     return shares
 
 
