@@ -7,12 +7,15 @@ import json
 import os
 import signal
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from family_cases import CASES, write_family
 from hf_folder import tensors, write_folder
+from tiny_model import write_model
 from tiny_runs import arguments, finetune, one_sentence, weights, write_files
 
 import lora_jax as lj
@@ -74,7 +77,7 @@ def test_a_run_becomes_a_whole_model(files, done, tmp_path, capsys):
     path = str(tmp_path / "merged")
     assert events == [
         {"event": "found", "kind": "run", "path": str(done)},
-        {"event": "converted", "to": "hf", "folder": path, "bytes": size},
+        {"event": "converted", "to": "hf", "path": path, "bytes": size},
     ]
     # As it was trained: on the base in 4 bits, and not on the model from which that was made.
     expected = adapted_logits(files["model"], done / "checkpoint", "nf4")
@@ -119,6 +122,49 @@ def test_a_run_becomes_an_adapter_of_ours(files, done, tmp_path, capsys):
     )
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+
+
+def test_a_run_becomes_an_adapter_of_llama_cpp(files, done, tmp_path, capsys):
+    path, flags = tmp_path / "adapter.gguf", ["--to", "gguf-adapter"]
+    assert main(["convert", str(done), str(path), *flags]) == 0
+    assert f"llama-server --model MODEL.gguf --lora {path} loads it" in capsys.readouterr().out
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["general.architecture"].contents() == "llama"
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    found = {x.name: gguf.dequantize(x.data, x.tensor_type) for x in reader.tensors}
+    assert len(found) == 2 * 2 * 4
+    saved = weights(done)
+    name = "base_model.model.model.layers.1.self_attn.v_proj"
+    np.testing.assert_array_equal(
+        found["blk.1.attn_v.weight.lora_a"], saved[f"{name}.lora_A.weight"]
+    )
+    np.testing.assert_array_equal(
+        found["blk.1.attn_v.weight.lora_b"], saved[f"{name}.lora_B.weight"]
+    )
+    config = json.loads((done / "adapter" / "adapter_config.json").read_text())
+    assert alpha == config["lora_alpha"]
+    # It might be the model's own file.
+    assert main(["convert", str(done), str(files["model"]), *flags]) == 2
+    assert "is there already; write the name of a new file" in one_sentence(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("case", "architecture"), [("qwen3_moe", "qwen3moe"), ("mistral", "llama"), ("smollm3", None)]
+)
+def test_the_family_of_a_folder_as_llama_cpp_calls_it(tmp_path, capsys, case, architecture):
+    model = write_family(tmp_path / "model", CASES[case])
+    params = read_model(model).params
+    rule = lj.LoraRule("attn/v_proj", rank=2, layout="b i o")
+    lj.save_adapters(tmp_path / "own", lj.init_adapters(jax.random.key(0), params, rule))
+    argv = ["convert", str(tmp_path / "own"), str(tmp_path / "a.gguf"), "--model", str(model)]
+    status = main([*argv, "--to", "gguf-adapter", "--log", "quiet"])
+    if architecture is None:
+        assert status == 2
+        assert "architecture is 'smollm3', for which" in one_sentence(capsys.readouterr())
+    else:
+        assert status == 0
+        fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+        assert fields["general.architecture"].contents() == architecture
 
 
 def test_an_adapter_of_peft_becomes_any_of_them(files, done, tmp_path, capsys):
@@ -166,6 +212,17 @@ def test_models_become_folders(files, tmp_path, capsys):
     found = safetensors.numpy.load_file(tmp_path / "two" / "model.safetensors")
     for name, values in tensors(jnp.bfloat16).items():
         np.testing.assert_array_equal(found[name], values)
+
+
+def test_the_four_bits_of_a_file_are_decoded_as_they_are(tmp_path, capsys):
+    model = write_model(tmp_path / "model.gguf", kind="Q4_1")
+    said, _ = converted(capsys, model, tmp_path / "packed", base="q4_1")
+    assert f"{model} is read, its kernels are stored in q4_1, and it is written in float32." in said
+    converted(capsys, model, tmp_path / "dense")
+    packed, dense = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("packed", "dense")
+    )
+    assert packed == dense
 
 
 # What is refused.

@@ -10,11 +10,13 @@ import pytest
 import safetensors.numpy
 from hf_folder import GOLDEN, tensors, write_folder, write_json
 from test_gguf import write as write_gguf
-from tiny_model import write_model
+from tiny_model import CONFIG, write_model
 from tiny_runs import arguments, one_sentence, write_lines
 
+import lora_jax as lj
 from lora_jax.cli import main
 from lora_jax.formats import read_model
+from lora_jax.formats.gguf_adapter import write_gguf_adapter
 from lora_jax.formats.outline import read_outline, safetensors_headers
 
 
@@ -139,6 +141,20 @@ def test_a_peft_adapter(tmp_path, capsys):
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     said = refused(capsys, tmp_path)
     assert "lacks adapter_model.safetensors; it has adapter_config.json, adapter_model.bin" in said
+
+
+def test_a_gguf_adapter(tmp_path, capsys):
+    leaf = lj.Adapter(np.ones((2, 3, 64), np.float32), np.ones((2, 64, 3), np.float32))
+    adapters = {"layers": {"attn": {"v_proj": {"kernel": leaf}}}}
+    write_gguf_adapter(tmp_path / "adapter.gguf", adapters, CONFIG, dtype=np.float16)
+    said, events = inspected(capsys, tmp_path / "adapter.gguf")
+    assert "cannot be run" not in said
+    assert events["metadata"][0]["general.type"] == "adapter"
+    assert [x["name"] for x in events["tensor"]] == [
+        f"blk.{layer}.attn_v.weight.lora_{factor}" for layer in range(2) for factor in "ab"
+    ]
+    number = 2 * 2 * 3 * 64
+    assert events["total"] == [{"parameters": number, "bytes": 2 * number}]
 
 
 def test_records(tmp_path, capsys):

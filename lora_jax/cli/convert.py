@@ -23,7 +23,7 @@ from lora_jax.formats import read_model
 from lora_jax.formats.folder import require_replaceable
 from lora_jax.formats.hf import read_descriptions
 from lora_jax.formats.hf_write import DTYPES, check_target, write_hf
-from lora_jax.formats.outline import read_outline
+from lora_jax.formats.outline import Outline, read_outline
 from lora_jax.formats.peft import read_peft, write_peft
 from lora_jax.formats.sources import SourceError, fetch
 from lora_jax.models.decoder import parameter_shapes
@@ -38,10 +38,11 @@ class Subject:
     source: Positional[Annotated[str, arg(metavar="SRC")]]
     """The folder of a run or of an adapter, ours or PEFT's, or a model, as for finetune --model."""
     destination: Positional[Annotated[Path, arg(metavar="DST")]]
-    """A new folder, or an older one of the same kind, which is replaced."""
-    to: Literal["hf", "peft", "lora-jax"] = "hf"
-    """hf: a whole model for transformers, into which an adapter is merged; peft: the adapter alone,
-    for peft; lora-jax: the adapter alone, for lj.load_adapters and --adapter."""
+    """A new folder, or an older one of the same kind, which is replaced; of a GGUF adapter a new
+    file."""
+    to: Literal["hf", "peft", "gguf-adapter", "lora-jax"] = "hf"
+    """hf: a whole model for transformers, into which an adapter is merged. The others write the
+    adapter alone: peft for peft, gguf-adapter for llama.cpp, lora-jax for lj.load_adapters."""
     model: Annotated[str | None, arg(metavar="SOURCE")] = None
     """The model of an adapter, as for finetune --model; if not given, that of its run, or the one
     that PEFT's config names."""
@@ -86,6 +87,8 @@ ADAPTERS: Mapping[str, Callable[[Path, Any], Any]] = {
     "peft": read_peft,
 }
 MODELS = ("hf", "gguf")
+# What llama.cpp calls a family of transformers, where that is another name.
+ARCHITECTURES = {"mistral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
 
 
 class Form(NamedTuple):
@@ -129,10 +132,10 @@ def run(config: Config) -> int:
         sentences(SourceError, ValueError),
     ):
         form.write(found, options, reporter)
-    folder = options.destination
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    reporter.say(f"{folder} is {form.what}, {mebibytes(size)} MiB; {form.use.format(folder)}.")
-    reporter.event("converted", to=options.to, folder=folder, bytes=size)
+    path = options.destination
+    size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    reporter.say(f"{path} is {form.what}, {mebibytes(size)} MiB; {form.use.format(path)}.")
+    reporter.event("converted", to=options.to, path=path, bytes=size)
     return 0
 
 
@@ -234,25 +237,69 @@ def _own_dtype(source: str) -> str:
     return own if own in DTYPES else "float32"
 
 
+class Adapted(NamedTuple):
+    """An adapter, and what is known of its model, of which no weight is read.
+
+    Attributes:
+      adapters: the tree.
+      model: the heads of the model's files.
+      name: what others call it.
+    """
+
+    adapters: Any
+    model: Outline
+    name: str
+
+    @classmethod
+    def read(cls, found: Found, options: Subject) -> Adapted:
+        """Reads the adapter for the shapes of its model."""
+        source = _model_options(found, options).model
+        outline = read_outline(fetch(source))
+        adapters = ADAPTERS[found.kind](found.path, parameter_shapes(outline.config()))
+        name = None if options.model else _peft_name(found)
+        return cls(adapters, outline, name or HUB_NAMES.get(source, outline.name))
+
+    @property
+    def architecture(self) -> str:
+        """What llama.cpp calls the model's family."""
+        metadata = self.model.metadata
+        if "general.architecture" in metadata:
+            return metadata["general.architecture"]
+        family = metadata["config.json"]["model_type"]
+        return ARCHITECTURES.get(family, family)
+
+
 def _write_peft(found: Found, options: Subject, reporter: Reporter) -> None:
-    adapters, model = _adapter(found, options)
+    adapters, _, name = Adapted.read(found, options)
     with _into(options.destination):
-        write_peft(options.destination, adapters, base_model=model, dtype=_dtype(options))
+        write_peft(options.destination, adapters, base_model=name, dtype=_dtype(options))
 
 
 def _write_own(found: Found, options: Subject, reporter: Reporter) -> None:
-    adapters, _ = _adapter(found, options)
+    adapters, _, _ = Adapted.read(found, options)
     with _into(options.destination):
         save_adapters(options.destination, adapters, dtype=_dtype(options))
 
 
-def _adapter(found: Found, options: Subject) -> tuple[Any, str]:
-    """The adapter, and what others call its model, of which no weight is read."""
-    model = _model_options(found, options).model
-    outline = read_outline(fetch(model))
-    adapters = ADAPTERS[found.kind](found.path, parameter_shapes(outline.config()))
-    name = None if options.model else _peft_name(found)
-    return adapters, name or HUB_NAMES.get(model, outline.name)
+def _write_gguf(found: Found, options: Subject, reporter: Reporter) -> None:
+    from lora_jax.formats.gguf_adapter import write_gguf_adapter
+
+    adapted = Adapted.read(found, options)
+    with _into(options.destination):
+        write_gguf_adapter(
+            options.destination,
+            adapted.adapters,
+            adapted.model.config(),
+            architecture=adapted.architecture,
+            base_model=adapted.name,
+            dtype=_dtype(options) or np.float32,
+        )
+
+
+def _require_free(path: Path) -> None:
+    """A file is never written over: it might be the model's own."""
+    if path.exists():
+        raise FileExistsError(f"{path} is there already; write the name of a new file.")
 
 
 def _dtype(options: Subject) -> Any:
@@ -292,6 +339,12 @@ FORMS: Mapping[str, Form] = {
             require_replaceable, own=r"adapter_config\.json|adapter_model\.safetensors"
         ),
         _write_peft,
+    ),
+    "gguf-adapter": Form(
+        "an adapter for llama.cpp",
+        "llama-server --model MODEL.gguf --lora {} loads it",
+        _require_free,
+        _write_gguf,
     ),
     "lora-jax": Form(
         "an adapter of lora_jax",

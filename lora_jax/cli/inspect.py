@@ -117,6 +117,10 @@ def model(path: Path, subject: Subject, reporter: Reporter) -> None:
     if path.is_file():
         reporter.facts("metadata", _examples(outline.metadata))
         reporter.event("metadata", **outline.metadata)
+    if outline.metadata.get("general.type") == "adapter" and not subject.is_a_trial:
+        _stored(outline.headers, reporter)
+        _tensors(outline.headers, reporter)
+        return
     try:
         facts = _model_facts(outline)
     except (ValueError, FileNotFoundError) as error:

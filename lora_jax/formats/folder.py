@@ -33,7 +33,7 @@ def require_replaceable(target: Path, own: str) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(target: Path, own: str) -> Iterator[Path]:
+def written_folder(target: Path, own: str) -> Iterator[Path]:
     """A folder to write to, which takes its place once the block has come to its end.
 
     Args:

@@ -24,7 +24,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.formats.checkpoint import Checkpoint, Tensor, disassemble
-from lora_jax.formats.folder import require_replaceable, write_file, written_whole
+from lora_jax.formats.folder import require_replaceable, write_file, written_folder
 from lora_jax.formats.hf import naming
 from lora_jax.formats.hf_text import FILES, as_json, special_ids, text_files
 from lora_jax.models.config import DecoderConfig
@@ -84,7 +84,7 @@ def write_hf(
     described = _config_json(checkpoint, dtype)
     tensors = disassemble(config, naming(config), checkpoint.params, adapters, dtype=dtype)
     total = sum(_nbytes(tensor, dtype) for tensor in tensors)
-    with written_whole(target, _OWN) as folder:
+    with written_folder(target, _OWN) as folder:
         _require_space(folder, total)
         write_file(folder / "config.json", as_json(described))
         for name, content in text_files(checkpoint).items():

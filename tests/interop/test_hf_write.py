@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from family_cases import CASES, GOLDEN_FILE, TOKENS, write_family
 from hf_folder import build_tokenizer
-from tiny_model import TOKENS, write_model
+from tiny_model import TOKENS as CHARACTERS
+from tiny_model import write_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +28,7 @@ from lora_jax.formats import SpecialTokens, read_model
 from lora_jax.formats.hf_write import write_hf
 from lora_jax.models.decoder import Decoder
 
+GOLDEN = np.load(GOLDEN_FILE)
 TOLERANCE = 1e-4  # float32; the logits reach 5
 TEMPLATE = (
     "{% for m in messages %}{{ bos_token }}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -93,6 +96,14 @@ def test_a_folder_of_theirs_comes_back(theirs, tmp_path):
     assert np.abs(ours(checkpoint.config, checkpoint.params, tokens) - found).max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen2, no window", "gemma3_text", "qwen3_moe"])
+def test_every_family(tmp_path, case):
+    source = write_family(tmp_path / "source", CASES[case])
+    write_hf(tmp_path / "out", read_model(source))
+    found = logits_of(tmp_path / "out", TOKENS)
+    assert np.abs(found - GOLDEN[f"{case}/logits"]).max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
 def test_merged_adapters(theirs, tmp_path, scan_layers, dtype):
@@ -118,12 +129,12 @@ def test_merged_adapters(theirs, tmp_path, scan_layers, dtype):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == np.dtype(dtype).name
 
 
-@pytest.mark.parametrize("bos", [None, TOKENS.index("%")], ids=["without bos", "with bos"])
+@pytest.mark.parametrize("bos", [None, CHARACTERS.index("%")], ids=["without bos", "with bos"])
 def test_a_model_of_one_file(tmp_path, bos):
     checkpoint = read_model(write_model(tmp_path / "model.gguf", template=TEMPLATE))
     checkpoint = dataclasses.replace(checkpoint, special=SpecialTokens(bos, 0))
     write_hf(tmp_path / "out", checkpoint)
-    tokens = np.random.default_rng(0).integers(0, len(TOKENS), (2, 40))
+    tokens = np.random.default_rng(0).integers(0, len(CHARACTERS), (2, 40))
     found = logits_of(tmp_path / "out", tokens)
     assert np.abs(ours(checkpoint.config, checkpoint.params, tokens) - found).max() <= TOLERANCE
 
