@@ -6,6 +6,7 @@ value takes the nearest of sixteen levels. The codes are those of bitsandbytes o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -97,20 +98,22 @@ def quantize_array(
             f"{name} holds values that are NaN, infinite or above {LARGEST:g}; repair the "
             "checkpoint first"
         )
-    scales, group_scales, offset = (
-        _double_quantize(absmax) if double_quant else (absmax, None, None)
-    )
-    return QuantizedArray(
+    q = QuantizedArray(
         codes,
-        scales,
-        group_scales,
-        offset,
+        absmax,
         kind=kind,
         block_size=block_size,
         dtype=dtype,
         layout=layout,
         axis_sizes=axis_sizes,
     )
+    return double_quantized(q) if double_quant else q
+
+
+def double_quantized(q: QuantizedArray) -> QuantizedArray:
+    """The same codes, their float32 scales stored in 8 bits."""
+    scales, group_scales, offset = _double_quantize(q.scales)
+    return dataclasses.replace(q, scales=scales, group_scales=group_scales, offset=offset)
 
 
 def dequantize(q: QuantizedArray, dtype: Any = None) -> jax.Array:

@@ -2,7 +2,8 @@
 
     weight                                uint8 [ceil(N/2), 1], codes in the order of [out, in]; or
                                           the same bytes seen as another dtype (quant_storage)
-    weight.absmax                         float32 [B], the scales; of nested ones uint8 codes
+    weight.absmax                         float32 [B], the scales (half precision from a CPU that
+                                          computed with them); of nested ones uint8 codes
     weight.quant_map                      float32 [16], the codebook
     weight.nested_absmax                  float32 [ceil(B/256)], the scales' scales
     weight.nested_quant_map               float32 [256], the scales' codebook
@@ -68,6 +69,8 @@ def from_tensors(tensors: Mapping[str, np.ndarray], name: str = "weight") -> Qua
             f"{', '.join(unexpected)} is there, but {state.name} has no nested_offset to go with it"
         )
 
+    if not state.nested and parts["absmax"].dtype in DTYPES.values():
+        parts["absmax"] = parts["absmax"].astype(np.float32)  # as bitsandbytes does, exactly
     blocks = -(-out * inn // state.block_size)
     groups = -(-blocks // GROUP)
     codes = _as_bytes(tensors[name], name)
@@ -155,6 +158,15 @@ def to_tensors(q: QuantizedArray, name: str = "weight") -> dict[str, np.ndarray]
         tensors[f"{name}.nested_quant_map"] = scale_codebook()
     tensors[f"{name}{STATE}{q.kind}"] = np.frombuffer(json.dumps(described).encode(), np.uint8)
     return tensors
+
+
+def weight_of(name: str) -> str | None:
+    """The weight that a tensor belongs to, if its name is that of a part of one."""
+    weight, _, part = name.rpartition(".")
+    if part in _PARTS:
+        return weight
+    weight, separator, _ = name.partition(STATE)
+    return weight if separator else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,24 +11,30 @@ Shapes: V vocabulary, D model width, L layers.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
+import math
 import operator
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.core.leaves import QuantizedArray
+from lora_jax.formats.quantization import Quantization
 from lora_jax.models.decoder import DecoderConfig, parameter_shapes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _LISTED = 3  # names that an error lists of those that are wrong
+_ALIGNMENT = 64  # bytes
 
 
 class SpecialTokens(NamedTuple):
@@ -86,9 +92,15 @@ class Place(NamedTuple):
 
     def shape(self, params: Any) -> tuple[int, ...]:
         """The shape that the tensor is stored in: kernels as [out, in], all else as it is."""
-        leaf = _at(params, self.path)
+        leaf = leaf_at(params, self.path)
         shape = leaf.shape if self.layer is None else leaf.shape[1:]
         return shape[::-1] if self.path.endswith("/kernel") else shape
+
+    def path_in(self, *, scan_layers: bool) -> str:
+        """The path of the leaf in a tree of scanned layers, or of separate ones."""
+        if self.layer is None or scan_layers:
+            return self.path
+        return self.path.replace("layers/", f"layers_{self.layer}/", 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +140,22 @@ class Tensor(NamedTuple):
     read: Callable[[], np.ndarray | QuantizedArray]
 
 
-# From the path of a leaf and a tensor of it, kernels as [out, in], to what is kept of that tensor.
-Store = Callable[[str, np.ndarray], np.ndarray | QuantizedArray]
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How tensors are taken in.
+
+    Attributes:
+      quantize: What to store in 4 bits as it arrives; nothing if None.
+      place: Called with the path and the value of each leaf as soon as it is whole; what it returns
+        stands in the tree, such as the leaf on its devices.
+      progress: Called after each tensor with the numbers of those read, and of all.
+      strict: Whether tensors that have no place are an error. Missing ones always are.
+    """
+
+    quantize: Quantization | None = None
+    place: Callable[[str, Any], Any] | None = None
+    progress: Callable[[int, int], None] | None = None
+    strict: bool = True
 
 
 def assemble(
@@ -138,7 +164,7 @@ def assemble(
     tensors: Sequence[Tensor],
     *,
     scan_layers: bool,
-    store: Store | None = None,
+    reading: Reading = Reading(),
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads the tensors one by one, each into its place.
 
@@ -149,63 +175,95 @@ def assemble(
       naming: What the tensors are called.
       tensors: All of them, in the order of the file.
       scan_layers: Whether the parameters are to be those of scanned layers.
-      store: What becomes of a dense tensor as it arrives; it stays dense if None.
+      reading: How they are taken in.
 
     Returns:
       The config with `scan_layers`, and the parameters, of NumPy arrays.
 
     Raises:
       ValueError: If tensors are missing, doubled, of another shape, or not the decoder's, and
-        nothing is read then; or if layers that are to be stacked are stored in different ways.
+        nothing is read then; if layers that are to be stacked are stored in different ways; or if a
+        pattern of `quantize` matches nothing.
     """
     config = dataclasses.replace(config, scan_layers=True)
-    shapes, places = parameter_shapes(config), naming.places(config)
-    _compare({name: place.shape(shapes) for name, place in places.items()}, tensors)
+    if config.num_layers > len(tensors):
+        raise ValueError(
+            f"the metadata describe {config.num_layers:,} layers, but there are {len(tensors):,} "
+            "tensors in all"
+        )
+    try:
+        shapes, places = parameter_shapes(config), naming.places(config)
+    except OverflowError as error:
+        sizes = ("vocab_size", "dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
+        listed = ", ".join(f"{name}={getattr(config, name):,}" for name in sizes)
+        raise ValueError(f"the metadata describe sizes that no array has: {listed}") from error
+    expected = {name: place.shape(shapes) for name, place in places.items()}
+    tensors = _compared(expected, tensors, strict=reading.strict)
+    layers = config.num_layers if scan_layers else 0
+    paths = {name: place.path_in(scan_layers=scan_layers) for name, place in places.items()}
+    lacking = collections.Counter(paths.values())  # tensors that a leaf waits for
+    store = None
+    if reading.quantize is not None:
+        store = reading.quantize.store(list(lacking), config.param_dtype)
     leaves: dict[str, Any] = {}
-    for tensor in tensors:
-        path, layer = places[tensor.name]
+    for number, tensor in enumerate(tensors, 1):
+        path, layer = paths[tensor.name], places[tensor.name].layer
         values = tensor.read()
         if store is not None and not isinstance(values, QuantizedArray):
             values = store(path, values)
-        leaf = _as_parameter(values, path, config.param_dtype)
-        if layer is None:
-            leaves[path] = leaf
-        elif scan_layers:
-            if path not in leaves:
-                leaves[path] = _room_for(leaf, config.num_layers)
-            _put(leaves[path], layer, leaf, path)
-        else:
-            leaves[path.replace("layers/", f"layers_{layer}/", 1)] = leaf
+        values = _as_parameter(values, path)
+        stacked = layers > 0 and layer is not None
+        if path not in leaves:
+            leaves[path] = _room_for(values, (layers,) if stacked else (), config.param_dtype)
+        _put(leaves[path], layer if stacked else ..., values, path)
+        del values  # or it would still be there while the next one is read
+        lacking[path] -= 1
+        if reading.place is not None and not lacking[path]:
+            leaves[path] = reading.place(path, leaves[path])
+        if reading.progress is not None:
+            reading.progress(number, len(tensors))
     return dataclasses.replace(config, scan_layers=scan_layers), _nested(leaves)
 
 
-def _as_parameter(values: np.ndarray | QuantizedArray, path: str, dtype: Any) -> Any:
-    """A tensor as the decoder has it: of NumPy arrays that nobody else holds; kernels [in, out]."""
+def _as_parameter(values: np.ndarray | QuantizedArray, path: str) -> Any:
+    """A tensor with the axes that the decoder's parameter has; kernels are [in, out] there."""
+    if not path.endswith("/kernel"):
+        return values
     if isinstance(values, QuantizedArray):
         out, width = values.axis_sizes
-        values = dataclasses.replace(values, layout="i o", axis_sizes=(width, out))
-        return jax.tree.map(np.asarray, values)
-    return np.array(values.T if path.endswith("/kernel") else values, dtype, order="C")
+        return dataclasses.replace(values, layout="i o", axis_sizes=(width, out))
+    return values.T
 
 
-def _room_for(leaf: Any, layers: int) -> Any:
-    return jax.tree.map(lambda x: np.empty((layers, *x.shape), x.dtype), leaf)
+def _room_for(leaf: Any, leading: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """A leaf of `leading` times as many values, not filled yet; dense ones of `dtype`."""
+    if not isinstance(leaf, QuantizedArray):
+        return _empty((*leading, *leaf.shape), np.dtype(dtype))
+    return jax.tree.map(lambda x: _empty((*leading, *np.shape(x)), x.dtype), leaf)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that begins where XLA wants it, so that placing it on a CPU copies nothing."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _structure(leaf: Any) -> Any:
     return jax.tree.structure(leaf)
 
 
-def _put(stacked: Any, layer: int, leaf: Any, path: str) -> None:
-    there, here = map(_structure, (stacked, leaf))
+def _put(room: Any, index: Any, leaf: Any, path: str) -> None:
+    there, here = map(_structure, (room, leaf))
     if there != here:
-        ways = ["dense" if isinstance(x, np.ndarray) else str(x.kind) for x in (leaf, stacked)]
+        ways = [repr(x) if isinstance(x, QuantizedArray) else "dense" for x in (leaf, room)]
         raise ValueError(
-            f"{path} is stored in one way in layer {layer} ({ways[0]}) and in another before it "
+            f"{path} is stored in one way in layer {index} ({ways[0]}) and in another before it "
             f"({ways[1]}), so that layers cannot be stacked; write scan_layers=False"
         )
-    for room, x in zip(jax.tree.leaves(stacked), jax.tree.leaves(leaf), strict=True):
-        room[layer] = x
+    for there, x in zip(jax.tree.leaves(room), jax.tree.leaves(leaf), strict=True):
+        there[index] = x
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,17 +287,21 @@ def digest(paths: Iterable[Path]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _at(tree: Any, path: str) -> Any:
+def leaf_at(tree: Any, path: str) -> Any:
+    """The leaf, or the part of a tree, that a path leads to."""
     return functools.reduce(operator.getitem, path.split("/"), tree)
 
 
-def _compare(expected: Mapping[str, tuple[int, ...]], tensors: Sequence[Tensor]) -> None:
+def _compared(
+    expected: Mapping[str, tuple[int, ...]], tensors: Sequence[Tensor], *, strict: bool
+) -> list[Tensor]:
     """Every tensor once, in the shape that the decoder asks for, and no other."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     names = [tensor.name for tensor in tensors]
+    homeless = [name for name in shapes if name not in expected]
     wrong = {
         "missing": [name for name in expected if name not in shapes],
-        "without a place in this decoder": [name for name in shapes if name not in expected],
+        "without a place in this decoder": homeless if strict else [],
         "more than once in the files": [name for name in shapes if names.count(name) > 1]
         if len(shapes) < len(names)
         else [],
@@ -253,6 +315,11 @@ def _compare(expected: Mapping[str, tuple[int, ...]], tensors: Sequence[Tensor])
         raise ValueError(
             f"the tensors are not those of the model that the metadata describe: {'; '.join(found)}"
         )
+    if homeless:
+        warnings.warn(
+            f"{_some(homeless)} without a place in this decoder, and left out", stacklevel=2
+        )
+    return [tensor for tensor in tensors if tensor.name in expected]
 
 
 def _some(names: Collection[str]) -> str:

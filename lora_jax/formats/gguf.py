@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from lora_jax.formats.checkpoint import (
     Checkpoint,
     Naming,
+    Reading,
     SpecialTokens,
     Tensor,
     assemble,
@@ -57,7 +58,11 @@ _TOKENIZER_LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_
 
 
 def read_gguf(
-    path: str | os.PathLike[str], *, dtype: DTypeLike = np.float32, scan_layers: bool = True
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = np.float32,
+    scan_layers: bool = True,
+    reading: Reading = Reading(),  # noqa: B008 frozen, and the same for all
 ) -> Checkpoint:
     """Reads a GGUF file of the Llama family.
 
@@ -67,6 +72,7 @@ def read_gguf(
       path: The file.
       dtype: Of the parameters.
       scan_layers: Whether the parameters are those of scanned layers (stacked) or of separate ones.
+      reading: How tensors are taken in.
 
     Returns:
       The checkpoint.
@@ -84,7 +90,9 @@ def read_gguf(
         config = from_gguf(metadata, tied_head=tied_head)
         config = dataclasses.replace(config, param_dtype=dtype)
         tensors = [_tensor(tensor, config) for tensor in reader.tensors]
-        config, params = assemble(config, _NAMING, tensors, scan_layers=scan_layers)
+        config, params = assemble(
+            config, _NAMING, tensors, scan_layers=scan_layers, reading=reading
+        )
         tokenizer = _build_tokenizer(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
