@@ -19,8 +19,9 @@ from lora_jax.cli.parsing import read_object
 from lora_jax.cli.problem import KERNELS, LAYOUT
 from lora_jax.cli.report import Reporter, mebibytes
 from lora_jax.cli.run_folder import RunFolder
+from lora_jax.core.leaves import QuantizedArray
 from lora_jax.core.rules import LoraRule
-from lora_jax.core.tree import init_adapters, quantize
+from lora_jax.core.tree import init_adapters, named_leaves, quantize
 from lora_jax.formats import read_model
 from lora_jax.formats.sources import SourceError, fetch
 
@@ -110,7 +111,8 @@ def model(subject: Subject, reporter: Reporter) -> None:
 
     def trees(params: Any) -> tuple[Any, Any]:
         base = params
-        if subject.base != "float32":
+        packed = any(isinstance(leaf, QuantizedArray) for _, leaf in named_leaves(params))
+        if subject.base != "float32" and not packed:
             base = quantize(params, KERNELS, kind=subject.base, layout=LAYOUT)
         return base, init_adapters(jax.random.key(0), base, rules, train=subject.whole)
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lora_jax import data
 from lora_jax.checkpoint import load_adapters
 from lora_jax.cli.failures import CliError, sentences
 from lora_jax.cli.options import DataOptions, ModelOptions
-from lora_jax.core.tree import quantize
 from lora_jax.data import templates
-from lora_jax.formats import Checkpoint, read_model
+from lora_jax.formats import Checkpoint, Quantization, read_model
 from lora_jax.formats.sources import SourceError, fetch
 from lora_jax.models.decoder import Decoder
 
@@ -55,18 +57,22 @@ class Model(NamedTuple):
 
 
 def load_model(options: ModelOptions) -> Model:
-    """Fetches, reads and quantizes.
+    """Fetches, reads and quantizes, one tensor at a time.
+
+    What is in 4 bits already stays as it is.
 
     Raises:
       CliError: if there is no such model, or it cannot be read.
     """
-    with sentences(SourceError, ValueError, OSError):
-        half = options.base == "bfloat16"
-        checkpoint = read_model(options.model, dtype=jnp.bfloat16 if half else jnp.float32)
-        base = checkpoint.params
-        if options.base not in ("float32", "bfloat16"):
-            base = quantize(base, KERNELS, kind=options.base, layout=LAYOUT)
-        base = jax.device_put(base)
+    dense = options.base in ("float32", "bfloat16")
+    with sentences(SourceError, ValueError, OSError), _progress(options.model) as progress:
+        checkpoint = read_model(
+            options.model,
+            dtype=jnp.bfloat16 if options.base == "bfloat16" else jnp.float32,
+            quantize=None if dense else Quantization(KERNELS, kind=options.base),
+            place=lambda _, leaf: jax.device_put(leaf),
+            progress=progress,
+        )
     config = dataclasses.replace(
         checkpoint.config,
         dtype=jnp.dtype(options.dtype),
@@ -74,10 +80,28 @@ def load_model(options: ModelOptions) -> Model:
     )
     return Model(
         Decoder(config),
-        base,
+        checkpoint.params,
         dataclasses.replace(checkpoint, params={}),
         HUB_NAMES.get(options.model, checkpoint.name),
     )
+
+
+@contextlib.contextmanager
+def _progress(source: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows on a terminal how many tensors have been read, from the first one on."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    task = bar.add_task(f"Reading {source}", total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()  # not before, for a download has a bar of its own
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def load_adapter(path: Path, base: Any) -> Any:

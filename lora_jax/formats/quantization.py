@@ -16,7 +16,7 @@ from lora_jax.core.rules import first_matches
 
 # Values that are encoded at once. Small, so that what XLA needs beside them is little; and whole
 # blocks of every size, so that codes are those of the tensor encoded as one.
-_PART = 2**21
+_PART = 2**20
 
 # From a leaf's path and a tensor of it, kernels as [out, in], to what is kept of that tensor.
 Store = Callable[[str, np.ndarray], np.ndarray | QuantizedArray]

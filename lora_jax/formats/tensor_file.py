@@ -11,6 +11,8 @@ though, and every page that was touched then counts as the program's own; so val
 from __future__ import annotations
 
 import json
+import math
+import mmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +52,12 @@ class StoredTensor(NamedTuple):
                 f"the tensor {self.name!r} of {self.file.name} is stored as {self.dtype}; "
                 f"only {', '.join(DTYPES)} can be read."
             )
-        values = np.empty(self.shape, DTYPES[self.dtype])
-        room = values.reshape(-1).view(np.uint8).data
+        dtype, size = DTYPES[self.dtype], math.prod(self.shape)
+        # Pages of its own go back to the system with the array. From malloc, tensors of tens of
+        # megabytes would come out of a heap that keeps what they leave.
+        pages = mmap.mmap(-1, max(1, size * dtype.itemsize))
+        values = np.frombuffer(pages, dtype, size).reshape(self.shape)
+        room = memoryview(pages)[: size * dtype.itemsize]
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             while len(room):  # a single read ends after two gigabytes
