@@ -16,9 +16,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
+from lora_jax.cli import main
+from lora_jax.cli.options import ModelOptions
+from lora_jax.cli.problem import load_model
 from lora_jax.core.tree import named_leaves
 from lora_jax.formats import Quantization, quantization, read_model
 from lora_jax.formats.bitsandbytes import to_tensors
+from lora_jax.formats.hf_writer import write_hf
 
 ONE = "model.layers.1.mlp.up_proj.weight"
 
@@ -211,6 +215,21 @@ def test_broken_weights_in_4_bits(tmp_path):
     rewrite(folder, {name.replace("down", "up"): x for name, x in lying.items()})
     with pytest.raises(ValueError, match=r"\(24, 40\), expected \(40, 24\)\) is of another"):
         read_model(folder)
+
+
+def test_the_command_line_takes_them_as_they_are(tmp_path, capsys):
+    """Whatever `--base` says: to quantize once more would lose more."""
+    every = Quantization(block_size=32, flat=True)
+    checkpoint = read_model(write_folder(tmp_path / "dense"), quantize=every)
+    write_hf(tmp_path / "packed", checkpoint)
+    model = load_model(ModelOptions(model=str(tmp_path / "packed"), base="nf4"))
+    assert_same(jax.tree.map(np.asarray, model.base), checkpoint.params)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model.base))
+    assert main(["inspect", str(tmp_path / "packed"), "--base", "nf4"]) == 0
+    assert "layers/mlp/up_proj/kernel" in capsys.readouterr().out
+    dense = load_model(ModelOptions(model=str(tmp_path / "dense"), base="nf4"))
+    expected = read_model(tmp_path / "dense", quantize=Quantization(flat=True))
+    assert_same(jax.tree.map(np.asarray, dense.base), expected.params)
 
 
 # Strictness.

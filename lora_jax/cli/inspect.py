@@ -83,7 +83,8 @@ def run(config: Config) -> int:
             saved_adapter(path, reporter)
         elif (path / "adapter_config.json").is_file():
             peft_adapter(path, reporter)
-        elif RunFolder(path, "finetune").is_run:
+        # A model's folder, too, has a config.json.
+        elif RunFolder(path, "finetune").is_run and not any(path.glob("*.safetensors")):
             run_folder(path, reporter)
         else:
             model(config.subject, reporter)
@@ -113,7 +114,7 @@ def model(subject: Subject, reporter: Reporter) -> None:
         base = params
         packed = any(isinstance(leaf, QuantizedArray) for _, leaf in named_leaves(params))
         if subject.base != "float32" and not packed:
-            base = quantize(params, KERNELS, kind=subject.base, layout=LAYOUT)
+            base = quantize(params, KERNELS, kind=subject.base, layout=LAYOUT, flat=True)
         return base, init_adapters(jax.random.key(0), base, rules, train=subject.whole)
 
     reporter.plan(*jax.eval_shape(trees, params))  # shapes alone: nothing is computed

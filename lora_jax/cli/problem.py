@@ -69,7 +69,7 @@ def load_model(options: ModelOptions) -> Model:
         checkpoint = read_model(
             options.model,
             dtype=jnp.bfloat16 if options.base == "bfloat16" else jnp.float32,
-            quantize=None if dense else Quantization(KERNELS, kind=options.base),
+            quantize=None if dense else Quantization(KERNELS, options.base, flat=True),
             place=lambda _, leaf: jax.device_put(leaf),
             progress=progress,
         )
