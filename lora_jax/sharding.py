@@ -114,6 +114,12 @@ def _leaf_specs(path: str, leaf: Any, spec: PartitionSpec, gather: Sequence[str]
         return AdaptedArray(base, adapter, scale, keys)
     if isinstance(leaf, QuantizedArray):
         batch, out, inn = _matrix_axes(path, spec, leaf.layout, len(leaf.batch_shape))
+        if leaf.is_flat and (out or inn):
+            raise ValueError(
+                f"{path} is stored in blocks of {leaf.block_size} that run over the ends of rows "
+                f"of {leaf.matrix_shape[1]}, so the spec {spec} cannot divide its matrix; "
+                "replicate it, or quantize with a block_size that divides the rows"
+            )
         matrix, per_matrix = PartitionSpec(*batch, out, inn), PartitionSpec(*batch)
         optional = lambda x, s: None if x is None else s  # noqa: E731
         return dataclasses.replace(

@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 import lora_jax as lj
 
 BASES = ("float", "nf4")
+STORED = {"nf4": {"block_size": 32}, "flat": {"block_size": 64, "flat": True}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,8 @@ MATRIX, SWAPPED, LAYERS, SQUARE = (32, 6), (6, 32), (3, 32, 6), (3, 32, 32)
 def trees(case: Case, base_kind: str) -> tuple[Any, Any]:
     """A base of one leaf, and adapters of scale 2 as after some training."""
     base, layout = {"w": jnp.asarray(reference.weight(case.shape))}, case.layout
-    if base_kind == "nf4":
-        base = lj.quantize(base, "w", block_size=32, layout=layout)
+    if base_kind != "float":
+        base = lj.quantize(base, "w", layout=layout, **STORED[base_kind])
         layout = None
     rules = [lj.LoraRule("w", rank=3, alpha=6, layout=layout)]
     return base, reference.randomized(lj.init_adapters(jax.random.key(0), base, rules))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lora_jax import data
 from lora_jax.checkpoint import load_adapters
@@ -19,7 +22,7 @@ from lora_jax.core.codebooks import GGUF_KINDS
 from lora_jax.core.leaves import QuantizedArray
 from lora_jax.core.tree import named_leaves, quantize
 from lora_jax.data import templates
-from lora_jax.formats import Checkpoint, read_model
+from lora_jax.formats import Checkpoint, Quantization, read_model
 from lora_jax.formats.sources import SourceError, fetch
 from lora_jax.models.decoder import Decoder
 
@@ -57,14 +60,15 @@ class Model(NamedTuple):
 
 
 def load_model(options: ModelOptions) -> Model:
-    """Fetches, reads and quantizes.
+    """Fetches, reads and quantizes, one tensor at a time.
+
+    What is in 4 bits already stays as it is.
 
     Raises:
       CliError: if there is no such model, or it cannot be read.
     """
     with sentences(SourceError, ValueError, OSError):
-        checkpoint = read_for(options.base, options.model)
-        base = jax.device_put(stored_as(options.base, checkpoint.params))
+        checkpoint = read_for(options.base, options.model, place=lambda _, x: jax.device_put(x))
     config = dataclasses.replace(
         checkpoint.config,
         dtype=jnp.dtype(options.dtype),
@@ -72,21 +76,36 @@ def load_model(options: ModelOptions) -> Model:
     )
     return Model(
         Decoder(config),
-        base,
+        checkpoint.params,
         dataclasses.replace(checkpoint, params={}),
         HUB_NAMES.get(options.model, checkpoint.name),
     )
 
 
-def read_for(base: Base, source: str) -> Checkpoint:
-    """The model, with kernels still packed if that is how the base is to keep them.
+def read_for(
+    base: Base, source: str, *, place: Callable[[str, Any], Any] | None = None
+) -> Checkpoint:
+    """The model with its kernels as the base is to keep them: dense, in 4 bits, or still packed.
+
+    Args:
+      base: how.
+      source: what `read_model` reads.
+      place: where each leaf is to be, as for `read_model`.
 
     Raises:
       SourceError, ValueError, OSError: as `read_model`; or if the file keeps none in that kind.
     """
     packed = base in GGUF_KINDS
-    dtype = jnp.bfloat16 if base == "bfloat16" else jnp.float32
-    checkpoint = read_model(source, dtype=dtype, packed=packed)
+    dense = packed or base in ("float32", "bfloat16")
+    with _progress(source) as progress:
+        checkpoint = read_model(
+            source,
+            dtype=jnp.bfloat16 if base == "bfloat16" else jnp.float32,
+            packed=packed,
+            quantize=None if dense else Quantization(KERNELS, base, flat=True),
+            place=place,
+            progress=progress,
+        )
     leaves = [leaf for _, leaf in named_leaves(checkpoint.params)]
     kinds = sorted({leaf.kind for leaf in leaves if isinstance(leaf, QuantizedArray)})
     if packed and base not in kinds:
@@ -98,10 +117,28 @@ def read_for(base: Base, source: str) -> Checkpoint:
 
 
 def stored_as(base: Base, params: Any) -> Any:
-    """The parameters that `read_for` has read, in the base's kind. Works on abstract trees too."""
+    """Parameters, or the shapes of them, in the base's kind, as `read_for` would read them."""
     if base in ("float32", "bfloat16", *GGUF_KINDS):
         return params
-    return quantize(params, KERNELS, kind=base, layout=LAYOUT)
+    return quantize(params, KERNELS, kind=base, layout=LAYOUT, flat=True)
+
+
+@contextlib.contextmanager
+def _progress(source: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows on a terminal how many tensors have been read, from the first one on."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    task = bar.add_task(f"Reading {source}", total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()  # not before, for a download has a bar of its own
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def load_adapter(path: Path, base: Any) -> Any:

@@ -47,7 +47,10 @@ class QuantizedArray:
 
     Invariants:
       - `codes` holds two codes a byte along `in`, the earlier element in the high nibble.
-      - A block is `block_size` neighbours along `in`, and never crosses a row.
+      - A block is `block_size` neighbours along `in`, and never crosses a row, except that of a
+        flat leaf: where `block_size` does not divide `in`, the matrix is stored as one row of
+        out*in values, the last block and the last byte of which may be incomplete. That is
+        bitsandbytes' own form. Read `[1, out*in]` for `[out, in]`, rounded up, in what follows.
       - Scales are float32 a block, or double-quantized: an 8-bit code a block, one float32 for
         each group of 256 consecutive blocks of one matrix (row-major; groups restart at each
         leading index), and one float32 offset a matrix. The kinds of GGUF, `"q4_0"` and `"q4_1"`,
@@ -104,6 +107,17 @@ class QuantizedArray:
         return math.prod(self.shape)
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Sizes of `[out, in]`, the matrix that one leading index holds."""
+        outer, inner = split_axes(self.layout, self.axis_sizes)
+        return math.prod(outer), math.prod(inner)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether blocks run over row ends."""
+        return self.matrix_shape[1] % self.block_size != 0
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the leaf really occupies: codes, scales and whatever the scales need."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
@@ -114,7 +128,8 @@ class QuantizedArray:
         scales = "double-quantized" if self.group_scales is not None else self.scales.dtype
         return (
             f"QuantizedArray({self.kind}, shape={self.shape}, dtype={self.dtype}, "
-            f"layout={self.layout!r}, block_size={self.block_size}, {scales} scales)"
+            f"layout={self.layout!r}, block_size={self.block_size}, {scales} scales"
+            f"{', flat' if self.is_flat else ''})"
         )
 
 

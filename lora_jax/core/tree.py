@@ -51,6 +51,7 @@ def quantize(
     block_size: int = 64,
     double_quant: bool = True,
     layout: str | None = None,
+    flat: bool = False,
 ) -> Any:
     """The base: `params` with the leaves that match stored in 4 bits.
 
@@ -61,6 +62,7 @@ def quantize(
       block_size: elements that share a scale.
       double_quant: whether to store the scales in 8 bits.
       layout: which axes are contracted, produced or batch; the same for all that match.
+      flat: whether blocks may run over row ends where they do not divide rows.
 
     Returns:
       The same tree with a `QuantizedArray` at each leaf that matched.
@@ -82,7 +84,13 @@ def quantize(
                 "the dense parameters"
             )
         return quantize_array(
-            leaf, kind, block_size=block_size, double_quant=double_quant, layout=layout, name=path
+            leaf,
+            kind,
+            block_size=block_size,
+            double_quant=double_quant,
+            layout=layout,
+            flat=flat,
+            name=path,
         )
 
     return map_leaves(one, params)

@@ -2,5 +2,6 @@
 
 from lora_jax.formats.checkpoint import Checkpoint, SpecialTokens
 from lora_jax.formats.model import read_model
+from lora_jax.formats.quantization import Quantization
 
-__all__ = ["Checkpoint", "SpecialTokens", "read_model"]
+__all__ = ["Checkpoint", "Quantization", "SpecialTokens", "read_model"]

@@ -12,10 +12,13 @@ Shapes: V vocabulary, D model width, L layers.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
+import math
 import operator
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,12 +31,14 @@ from lora_jax.core.leaves import QuantizedArray
 from lora_jax.core.merge import merged
 from lora_jax.core.rules import path_string
 from lora_jax.core.tree import combine, named_leaves
+from lora_jax.formats.quantization import Quantization
 from lora_jax.models.decoder import DecoderConfig, parameter_shapes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _LISTED = 3  # names that an error lists of those that are wrong
+_ALIGNMENT = 64  # bytes
 
 
 class SpecialTokens(NamedTuple):
@@ -93,8 +98,15 @@ class Place(NamedTuple):
 
     def shape(self, params: Any) -> tuple[int, ...]:
         """The shape that the tensor is stored in: kernels as [out, in], all else as it is."""
-        shape = _at(params, self.path).shape[len(self.leading) :]
+        shape = leaf_at(params, self.path).shape[len(self.leading) :]
         return shape[::-1] if self.path.endswith("/kernel") else shape
+
+    def home(self, *, scan_layers: bool) -> Place:
+        """Where it belongs in the tree of scanned layers, or in that of separate ones."""
+        if not self.leading or scan_layers:
+            return self
+        layer, *leading = self.leading
+        return Place(self.path.replace("layers/", f"layers_{layer}/", 1), tuple(leading))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +152,22 @@ class Tensor(NamedTuple):
     read: Callable[[], np.ndarray | QuantizedArray]
 
 
-# From the path of a leaf and a tensor of it, kernels as [out, in], to what is kept of that tensor.
-Store = Callable[[str, np.ndarray], np.ndarray | QuantizedArray]
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How tensors are taken in.
+
+    Attributes:
+      quantize: What to store in 4 bits as it arrives; nothing if None.
+      place: Called with the path and the value of each leaf as soon as it is whole; what it returns
+        stands in the tree, such as the leaf on its devices.
+      progress: Called after each tensor with the numbers of those read, and of all.
+      strict: Whether tensors that have no place are an error. Missing ones always are.
+    """
+
+    quantize: Quantization | None = None
+    place: Callable[[str, Any], Any] | None = None
+    progress: Callable[[int, int], None] | None = None
+    strict: bool = True
 
 
 def assemble(
@@ -150,7 +176,7 @@ def assemble(
     tensors: Sequence[Tensor],
     *,
     scan_layers: bool,
-    store: Store | None = None,
+    reading: Reading = Reading(),
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads the tensors one by one, each into its place.
 
@@ -161,36 +187,54 @@ def assemble(
       naming: What the tensors are called.
       tensors: All of them, in the order of the file.
       scan_layers: Whether the parameters are to be those of scanned layers.
-      store: What becomes of a dense tensor as it arrives; it stays dense if None.
+      reading: How they are taken in.
 
     Returns:
       The config with `scan_layers`, and the parameters, of NumPy arrays.
 
     Raises:
       ValueError: If tensors are missing, doubled, of another shape, or not the decoder's, and
-        nothing is read then; or if layers that are to be stacked are stored in different ways.
+        nothing is read then; if layers that are to be stacked are stored in different ways; or if a
+        pattern of `quantize` matches nothing.
     """
     config = dataclasses.replace(config, scan_layers=True)
-    shapes = parameter_shapes(config)
+    if config.num_layers > len(tensors):
+        raise ValueError(
+            f"the metadata describe {config.num_layers:,} layers, but there are {len(tensors):,} "
+            "tensors in all"
+        )
+    try:
+        shapes = parameter_shapes(config)
+    except OverflowError as error:
+        sizes = ("vocab_size", "dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
+        listed = ", ".join(f"{name}={getattr(config, name):,}" for name in sizes)
+        raise ValueError(f"the metadata describe sizes that no array has: {listed}") from error
     places = naming.places(config, shapes)
-    _compare({name: place.shape(shapes) for name, place in places.items()}, tensors)
+    expected = {name: place.shape(shapes) for name, place in places.items()}
+    tensors = _compared(expected, tensors, strict=reading.strict)
+    homes = {name: place.home(scan_layers=scan_layers) for name, place in places.items()}
+    lacking = collections.Counter(home.path for home in homes.values())  # what leaves wait for
+    store = None
+    if reading.quantize is not None:
+        store = reading.quantize.store(list(lacking), config.param_dtype)
     leaves: dict[str, Any] = {}
-    for tensor in tensors:
-        path, leading = places[tensor.name]
-        sizes = _at(shapes, path).shape[: len(leading)]
+    for number, tensor in enumerate(tensors, 1):
+        place, (path, leading) = places[tensor.name], homes[tensor.name]
         values = tensor.read()
         if store is not None and not isinstance(values, QuantizedArray):
             values = store(path, values)
-        leaf = _as_parameter(values, path, config.param_dtype)
-        if leading and not scan_layers:
-            path = path.replace("layers/", f"layers_{leading[0]}/", 1)
-            leading, sizes = leading[1:], sizes[1:]
-        if not leading:
-            leaves[path] = leaf
-            continue
+        values = _as_parameter(values, path)
         if path not in leaves:
-            leaves[path] = _room_for(leaf, sizes)
-        _put(leaves[path], leading, leaf, path)
+            sizes = leaf_at(shapes, place.path).shape[: len(place.leading)]
+            sizes = sizes[len(sizes) - len(leading) :]
+            leaves[path] = _room_for(values, sizes, config.param_dtype)
+        _put(leaves[path], leading, values, path)
+        del values  # or it would still be there while the next one is read
+        lacking[path] -= 1
+        if reading.place is not None and not lacking[path]:
+            leaves[path] = reading.place(path, leaves[path])
+        if reading.progress is not None:
+            reading.progress(number, len(tensors))
     return dataclasses.replace(config, scan_layers=scan_layers), _nested(leaves)
 
 
@@ -221,9 +265,7 @@ def disassemble(
     shapes = parameter_shapes(dataclasses.replace(config, scan_layers=True))
     tensors = []
     for name, place in naming.places(config, shapes).items():
-        path, leading = place
-        if leading and not config.scan_layers:
-            path, leading = path.replace("layers/", f"layers_{leading[0]}/", 1), leading[1:]
+        path, leading = place.home(scan_layers=config.scan_layers)
         read = functools.partial(_as_stored, leaves[path], leading, path, dtype)
         tensors.append(Tensor(name, place.shape(shapes), read))
     return tensors
@@ -253,33 +295,45 @@ def _require(
         raise ValueError(f"the parameters are not those of the config: {'; '.join(found)}")
 
 
-def _as_parameter(values: np.ndarray | QuantizedArray, path: str, dtype: Any) -> Any:
-    """A tensor as the decoder has it: of NumPy arrays that nobody else holds; kernels [in, out]."""
+def _as_parameter(values: np.ndarray | QuantizedArray, path: str) -> Any:
+    """A tensor with the axes that the decoder's parameter has; kernels are [in, out] there."""
+    if not path.endswith("/kernel"):
+        return values
     if isinstance(values, QuantizedArray):
         out, width = values.axis_sizes
-        values = dataclasses.replace(values, layout="i o", axis_sizes=(width, out))
-        return jax.tree.map(np.asarray, values)
-    return np.array(values.T if path.endswith("/kernel") else values, dtype, order="C")
+        return dataclasses.replace(values, layout="i o", axis_sizes=(width, out))
+    return values.T
 
 
-def _room_for(leaf: Any, sizes: tuple[int, ...]) -> Any:
-    return jax.tree.map(lambda x: np.empty((*sizes, *x.shape), x.dtype), leaf)
+def _room_for(leaf: Any, sizes: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """A leaf with leading axes of these sizes, not filled yet; dense ones of `dtype`."""
+    if not isinstance(leaf, QuantizedArray):
+        return _empty((*sizes, *leaf.shape), np.dtype(dtype))
+    return jax.tree.map(lambda x: _empty((*sizes, *np.shape(x)), x.dtype), leaf)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that begins where XLA wants it, so that placing it on a CPU copies nothing."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _structure(leaf: Any) -> Any:
     return jax.tree.structure(leaf)
 
 
-def _put(stacked: Any, leading: tuple[int, ...], leaf: Any, path: str) -> None:
-    there, here = map(_structure, (stacked, leaf))
+def _put(room: Any, leading: tuple[int, ...], leaf: Any, path: str) -> None:
+    there, here = map(_structure, (room, leaf))
     if there != here:
-        ways = ["dense" if isinstance(x, np.ndarray) else str(x.kind) for x in (leaf, stacked)]
+        ways = [repr(x) if isinstance(x, QuantizedArray) else "dense" for x in (leaf, room)]
         raise ValueError(
             f"{path} is stored in one way at {list(leading)} ({ways[0]}) and in another before it "
             f"({ways[1]}), so that they cannot be stacked; layers need not be: scan_layers=False"
         )
-    for room, x in zip(jax.tree.leaves(stacked), jax.tree.leaves(leaf), strict=True):
-        room[leading] = x
+    for there, x in zip(jax.tree.leaves(room), jax.tree.leaves(leaf), strict=True):
+        there[leading] = x
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,17 +357,21 @@ def digest(paths: Iterable[Path]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _at(tree: Any, path: str) -> Any:
+def leaf_at(tree: Any, path: str) -> Any:
+    """The leaf, or the part of a tree, that a path leads to."""
     return functools.reduce(operator.getitem, path.split("/"), tree)
 
 
-def _compare(expected: Mapping[str, tuple[int, ...]], tensors: Sequence[Tensor]) -> None:
+def _compared(
+    expected: Mapping[str, tuple[int, ...]], tensors: Sequence[Tensor], *, strict: bool
+) -> list[Tensor]:
     """Every tensor once, in the shape that the decoder asks for, and no other."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     names = [tensor.name for tensor in tensors]
+    homeless = [name for name in shapes if name not in expected]
     wrong = {
         "missing": [name for name in expected if name not in shapes],
-        "without a place in this decoder": [name for name in shapes if name not in expected],
+        "without a place in this decoder": homeless if strict else [],
         "more than once in the files": [name for name in shapes if names.count(name) > 1]
         if len(shapes) < len(names)
         else [],
@@ -327,6 +385,11 @@ def _compare(expected: Mapping[str, tuple[int, ...]], tensors: Sequence[Tensor])
         raise ValueError(
             f"the tensors are not those of the model that the metadata describe: {'; '.join(found)}"
         )
+    if homeless:
+        warnings.warn(
+            f"{_some(homeless)} without a place in this decoder, and left out", stacklevel=2
+        )
+    return [tensor for tensor in tensors if tensor.name in expected]
 
 
 def _some(names: Collection[str]) -> str:

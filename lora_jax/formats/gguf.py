@@ -30,6 +30,7 @@ from lora_jax.core.leaves import QuantizedArray
 from lora_jax.formats.checkpoint import (
     Checkpoint,
     Naming,
+    Reading,
     SpecialTokens,
     Tensor,
     assemble,
@@ -71,6 +72,7 @@ def read_gguf(
     dtype: DTypeLike = np.float32,
     scan_layers: bool = True,
     packed: bool = False,
+    reading: Reading = Reading(),  # noqa: B008 frozen, and the same for all
 ) -> Checkpoint:
     """Reads a GGUF file of the Llama family.
 
@@ -84,6 +86,7 @@ def read_gguf(
         which decodes to the values that are read otherwise, bit for bit. Layers in both that are to
         be stacked are all of kind `"q4_1"`, to which Q4_0 goes over without a loss (of the sign of
         its zeros alone).
+      reading: How tensors are taken in.
 
     Returns:
       The checkpoint.
@@ -103,7 +106,9 @@ def read_gguf(
         config = dataclasses.replace(config, param_dtype=dtype)
         staying = _packed_kernels(reader.tensors, config, scan_layers) if packed else {}
         tensors = [_tensor(tensor, config, staying.get(tensor.name)) for tensor in reader.tensors]
-        config, params = assemble(config, _NAMING, tensors, scan_layers=scan_layers)
+        config, params = assemble(
+            config, _NAMING, tensors, scan_layers=scan_layers, reading=reading
+        )
         tokenizer = _build_tokenizer(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

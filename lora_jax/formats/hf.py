@@ -13,27 +13,28 @@ Weights in pickles (`pytorch_model.bin`) are not read: opening one runs whatever
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 from jax.typing import DTypeLike
 
+from lora_jax.core.leaves import QuantizedArray
+from lora_jax.formats import bitsandbytes
 from lora_jax.formats.checkpoint import (
     Checkpoint,
     Naming,
+    Reading,
     Tensor,
     assemble,
     digest,
 )
 from lora_jax.formats.hf_text import read_text
+from lora_jax.formats.tensor_file import FLOATS, StoredTensor, stored_tensors
 from lora_jax.models.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderConfig
 from lora_jax.models.families import from_hf
 
@@ -54,9 +55,8 @@ _SCALES_OF_POST_NORMS = {
     "pre_feedforward_layernorm": "mlp_norm",
     "post_feedforward_layernorm": "mlp_post_norm",
 }
-_INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 _DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer_config.json")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -84,16 +84,22 @@ def naming(config: DecoderConfig) -> Naming:
 
 
 def read_hf(
-    path: str | os.PathLike[str], *, dtype: DTypeLike = np.float32, scan_layers: bool = True
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = np.float32,
+    scan_layers: bool = True,
+    reading: Reading = Reading(),  # noqa: B008 frozen, and the same for all
 ) -> Checkpoint:
     """Reads a model folder of a family that `lora_jax.models.families` knows.
 
-    One tensor at a time is read and cast, so that memory holds the result and little else.
+    One tensor at a time is read and cast, so that memory holds the result and little else. Weights
+    that bitsandbytes quantized stay in 4 bits, and decode to the dtype that they had.
 
     Args:
       path: The folder.
-      dtype: Of the parameters.
+      dtype: Of the parameters in floating point.
       scan_layers: Whether the parameters are those of scanned layers (stacked) or of separate ones.
+      reading: How tensors are taken in.
 
     Returns:
       The checkpoint.
@@ -106,22 +112,18 @@ def read_hf(
     path = Path(path)
     weights = weight_files(path)
     described = read_descriptions(path)
-    if described["config.json"].get("quantization_config"):
-        raise ValueError(
-            f"{path / 'config.json'} says that the weights are quantized; only those in floating "
-            "point can be read. Take the original model, and quantize it here."
-        )
+    _check_quantization(path / "config.json", described["config.json"].get("quantization_config"))
     try:
         config = from_hf(described["config.json"])
         config = dataclasses.replace(config, param_dtype=dtype)
-        with contextlib.ExitStack() as opened:
-            tensors = [
-                tensor
-                for file in weights
-                for tensor in _tensors(opened.enter_context(_open(file)), file)
-                if not _is_derived(tensor.name, tied_head=config.tied_head)
-            ]
-            config, params = assemble(config, naming(config), tensors, scan_layers=scan_layers)
+        tensors = [
+            tensor
+            for tensor in _tensors(weights)
+            if not _is_derived(tensor.name, tied_head=config.tied_head)
+        ]
+        config, params = assemble(
+            config, naming(config), tensors, scan_layers=scan_layers, reading=reading
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return Checkpoint(
@@ -150,6 +152,21 @@ def read_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
     return described
 
 
+def _check_quantization(file: Path, said: Any) -> None:
+    """Only what the tensors themselves say how to decode is read."""
+    if not said:
+        return
+    said = said if isinstance(said, Mapping) else {"quant_method": said}
+    method, four = said.get("quant_method"), said.get("load_in_4bit")
+    if method != "bitsandbytes" or not four:
+        how = f"{method!r}" + (" in 8 bits" if said.get("load_in_8bit") else "")
+        raise ValueError(
+            f"{file} says that the weights are quantized by {how}; only those in floating point, "
+            "and in 4 bits of bitsandbytes, can be read. Take the original model, and quantize it "
+            "here."
+        )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a folder's weights, in the order of their names.
 
@@ -159,15 +176,15 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}.")
-    if (folder / _INDEX).is_file():
-        parts = _read_json(folder / _INDEX).get("weight_map")
+    if (folder / INDEX).is_file():
+        parts = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(parts, Mapping) or not parts:
-            raise ValueError(f"{folder / _INDEX} has no weight_map that names the weights' files.")
+            raise ValueError(f"{folder / INDEX} has no weight_map that names the weights' files.")
         names = sorted({str(name) for name in parts.values()})
         if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{folder / _INDEX} points out of its folder: {outside[0]!r}.")
+            raise ValueError(f"{folder / INDEX} points out of its folder: {outside[0]!r}.")
     else:
-        names = [_WEIGHTS]
+        names = [WEIGHTS]
     missing = [name for name in names if not (folder / name).is_file()]
     if not missing:
         return [folder / name for name in names]
@@ -201,29 +218,42 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path.name} is broken or ends too early ({path.stat().st_size:,} bytes): {error}. "
-            "Fetch the file again."
-        ) from error
+def _tensors(files: Sequence[Path]) -> list[Tensor]:
+    """The tensors of some files as the decoder has them; none is read yet.
 
-
-def _tensors(file: Any, path: Path) -> list[Tensor]:
-    """The tensors of an opened file; none is read yet."""
+    Those that a weight in 4 bits consists of are one, wherever they are.
+    """
+    stored = [tensor for file in files for tensor in stored_tensors(file)]
+    by_name = {tensor.name: tensor for tensor in stored}
+    packed = {
+        name.partition(bitsandbytes.STATE)[0] for name in by_name if bitsandbytes.STATE in name
+    }
     tensors = []
-    for name in list(file.keys()):
-        header = file.get_slice(name)
-        if header.get_dtype() not in _FLOATS:
+    for tensor in stored:
+        weight = bitsandbytes.weight_of(tensor.name)
+        if weight in packed:
+            continue
+        if tensor.name in packed:
+            tensors.append(_packed(tensor.name, by_name))
+        elif tensor.dtype in FLOATS:
+            tensors.append(Tensor(tensor.name, tensor.shape, tensor.read))
+        else:
             raise ValueError(
-                f"the tensor {name!r} of {path.name} is stored as {header.get_dtype()}; "
-                f"only {', '.join(_FLOATS)} can be read."
+                f"the tensor {tensor.name!r} of {tensor.file.name} is stored as {tensor.dtype}; "
+                f"only {', '.join(FLOATS)} can be read."
             )
-        read = functools.partial(file.get_tensor, name)
-        tensors.append(Tensor(name, tuple(header.get_shape()), read))
     return tensors
+
+
+def _packed(name: str, stored: Mapping[str, StoredTensor]) -> Tensor:
+    """A weight of bitsandbytes, to be read with all that belongs to it."""
+    parts = [part for part in stored if part == name or bitsandbytes.weight_of(part) == name]
+    states = {part: stored[part].read() for part in parts if bitsandbytes.STATE in part}
+
+    def read() -> QuantizedArray:
+        return bitsandbytes.from_tensors({part: stored[part].read() for part in parts}, name)
+
+    return Tensor(name, bitsandbytes.State.of(states, name).shape, read)
 
 
 def _is_derived(name: str, *, tied_head: bool) -> bool:

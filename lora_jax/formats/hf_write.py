@@ -33,7 +33,7 @@ from lora_jax.models.families import from_hf
 SHARD = 5_000_000_000  # bytes; what transformers takes as well
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # by safetensors' names
 # What such a folder consists of: an older one that has nothing else may be replaced.
-_OWN = r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|" + "|".join(
+OWN = r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|" + "|".join(
     name.replace(".", r"\.") for name in FILES
 )
 # How a decoder is run, and in what it is kept, is not what it is.
@@ -75,16 +75,16 @@ def write_hf(
       OSError: If the folder cannot be written; what was there before is still there.
     """
     target, config = Path(path), checkpoint.config
-    require_replaceable(target, _OWN)
+    require_replaceable(target, OWN)
     dtype = np.dtype(config.param_dtype if dtype is None else dtype)
     if dtype.name not in DTYPES:
         raise ValueError(f"dtype is {dtype.name}, expected one of {', '.join(DTYPES)}")
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}, expected a number of bytes")
-    described = _config_json(checkpoint, dtype)
+    described = config_json(checkpoint, dtype)
     tensors = disassemble(config, naming(config), checkpoint.params, adapters, dtype=dtype)
     total = sum(_nbytes(tensor, dtype) for tensor in tensors)
-    with written_folder(target, _OWN) as folder:
+    with written_folder(target, OWN) as folder:
         _require_space(folder, total)
         write_file(folder / "config.json", as_json(described))
         for name, content in text_files(checkpoint).items():
@@ -108,7 +108,7 @@ def write_hf(
 
 def check_target(path: Path) -> None:
     """The `FileExistsError` of `write_hf`, for who would rather know before a model is read."""
-    require_replaceable(path, _OWN)
+    require_replaceable(path, OWN)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -143,8 +143,12 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     return fields
 
 
-def _config_json(checkpoint: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
-    """The model's own, if it has one, but of weights that are dense and of a dtype."""
+def config_json(checkpoint: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
+    """The model's own config.json, if it has one, but of weights that are dense and of a dtype.
+
+    Raises:
+      ValueError: If it has one that describes another decoder, or none can say what this one is.
+    """
     config, metadata = checkpoint.config, checkpoint.metadata
     if "config.json" in metadata:
         fields = dict(metadata["config.json"])

@@ -23,7 +23,17 @@ GROUP = 256  # blocks that share one float32 when scales are double-quantized
 def decode(q: QuantizedArray) -> jax.Array:
     """The values of a quantized weight, as the matrix `[b..., out, in]` of its dtype."""
     q = _gathered(q)
-    return _levels_times_scales(q, q.codes, decode_scales(q), q.minimum)
+    values = _levels_times_scales(q, _whole_blocks(q), decode_scales(q), q.minimum)
+    if not q.is_flat:
+        return values
+    out, inn = q.matrix_shape
+    return values[..., : out * inn].reshape(*q.batch_shape, out, inn)
+
+
+def _whole_blocks(q: QuantizedArray) -> jax.Array:
+    """The codes, with those that the last block of a flat leaf lacks."""
+    lacking = q.scales.shape[-1] * q.block_size // 2 - q.codes.shape[-1] if q.is_flat else 0
+    return jnp.pad(q.codes, [(0, 0)] * (q.codes.ndim - 1) + [(0, lacking)]) if lacking else q.codes
 
 
 @jax.jit
@@ -63,7 +73,7 @@ def _gathered(q: QuantizedArray) -> QuantizedArray:
 
 @jax.jit
 def decode_rows(q: QuantizedArray, rows: jax.Array) -> jax.Array:
-    """The values of some rows, reading only their codes.
+    """The values of some rows, reading only their codes (of a flat leaf, all).
 
     Args:
       q: a quantized weight without batch axes, `[out, in]`.
@@ -72,6 +82,8 @@ def decode_rows(q: QuantizedArray, rows: jax.Array) -> jax.Array:
     Returns:
       `[n..., in]` in the weight's dtype.
     """
+    if q.is_flat:
+        return jnp.take(decode(q), rows, axis=0, mode="clip")
     codes = jnp.take(q.codes, rows, axis=0, mode="clip")
     scales = jnp.take(q.scales, rows, axis=0, mode="clip")
     if q.group_scales is not None:
@@ -81,7 +93,7 @@ def decode_rows(q: QuantizedArray, rows: jax.Array) -> jax.Array:
 
 
 def decode_scales(q: QuantizedArray) -> jax.Array:
-    """The float32 scale of each block, `[b..., out, in/G]`."""
+    """The float32 scale of each block, `[b..., out, in/G]` (`[b..., 1, blocks]` of a flat leaf)."""
     if q.group_scales is None:
         return q.scales.astype(jnp.float32)
     rows = jnp.arange(q.scales.shape[-2])
