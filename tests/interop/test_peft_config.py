@@ -91,11 +91,5 @@ def test_patterns(tmp_path, pattern, use_rslora):
 
 def test_every_field_is_understood_or_known_to_be_silent_or_refused(tmp_path):
     """A field that peft gains must be looked at: none of them is passed over unseen."""
-    seen = {
-        *("alora_invocation_tokens", "arrow_config", "bias", "init_lora_weights", "kasa_config"),
-        *("layer_replication", "lora_bias", "megatron_config", "monteclora_config"),
-        *("trainable_token_indices", "use_bdlora", "use_dora", "use_qalora"),
-    }  # refused unless they say nothing
-    known = seen | config._SILENT | config._UNDERSTOOD
-    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= config.KNOWN
     both(tmp_path, target_modules=["q_proj"])

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,15 @@ _UNDERSTOOD = {
     "target_parameters",
     *("modules_to_save", "rank_pattern", "alpha_pattern"),
 }
+# What makes another function of the same tensors, or asks for more of them. An empty value is none.
+_REFUSED = {
+    *("alora_invocation_tokens", "arrow_config", "bias", "kasa_config", "layer_replication"),
+    *("lora_bias", "megatron_config", "monteclora_config", "trainable_token_indices"),
+    *("use_bdlora", "use_dora", "use_qalora"),
+}
 # Starts that leave the base as it is; pissa, olora, corda, loftq and lora_ga move it.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+KNOWN = _SILENT | _UNDERSTOOD | _REFUSED | {"init_lora_weights"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +127,12 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, usual: Any) -> Any:
     return patterns.get(module, usual)
 
 
-def read_config(folder: Path) -> PeftConfig:
+def read_config(folder: Path, *, strict: bool = True) -> PeftConfig:
     """Reads `adapter_config.json`.
 
     Args:
       folder: where it lies.
+      strict: whether a field that nobody here knows is an error.
 
     Raises:
       FileNotFoundError: if it does not.
@@ -143,11 +151,22 @@ def read_config(folder: Path) -> PeftConfig:
     if not isinstance(options, dict):
         raise ValueError(f"{CONFIG} holds a JSON {type(options).__name__}, expected an object.")
     _refuse(options)
+    said = {name: value for name, value in options.items() if value}
+    if strict and (unknown := _shown(said, said.keys() - KNOWN)):
+        raise ValueError(
+            f"{CONFIG}: {unknown} is not known here, and may change what the adapter computes; "
+            "write strict=False to pass over it, as peft does"
+        )
     return _understood(options)
 
 
+def _shown(options: Mapping[str, Any], names: Collection[str]) -> str:
+    """Some fields, as the file has them."""
+    return ", ".join(f"{name} = {json.dumps(options[name])}" for name in sorted(names))
+
+
 def _refuse(options: Mapping[str, Any]) -> None:
-    """An error for what would change the function and is not understood."""
+    """An error for what would change the function and is not done here."""
     if (kind := options.get("peft_type")) != "LORA":
         raise ValueError(f"{CONFIG}: peft_type is {kind!r}; only 'LORA' can be read.")
     start = options.get("init_lora_weights", True)
@@ -157,17 +176,10 @@ def _refuse(options: Mapping[str, Any]) -> None:
             "an adapter does not belong to the model that it names. Save it with peft as an "
             "ordinary one: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
-    plain = {"bias": "none", "init_lora_weights": start}
-    unknown = {
-        name: value
-        for name, value in options.items()
-        if name not in _SILENT | _UNDERSTOOD and value and value != plain.get(name)
-    }
-    if unknown:
-        found = ", ".join(f"{name} = {json.dumps(value)}" for name, value in unknown.items())
+    if refused := [k for k in _REFUSED if options.get(k) and options[k] != "none"]:
         raise ValueError(
-            f"{CONFIG}: {found} cannot be honoured, and the adapter would be another without; "
-            "merge it with peft's merge_and_unload(), and read the merged model."
+            f"{CONFIG}: {_shown(options, refused)} cannot be honoured, and the adapter would be "
+            "another without; merge it with peft's merge_and_unload(), and read the merged model."
         )
 
 

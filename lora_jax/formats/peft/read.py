@@ -54,8 +54,9 @@ def read_peft(
       path: the folder.
       base: the parameters it is for, dense or quantized, or their shapes: of an `lj.models`
         decoder, scanned or unrolled, or of any model with `names`.
-      strict: whether tensors that are missing, have no place in the base, or are of another shape
-        are an error. If not, they are passed over, as peft does with most of them.
+      strict: whether it is an error if tensors are missing, have no place in the base, or are of
+        another shape, and if the config has fields that are not known. If not, they are passed
+        over, as peft does with most of them.
       dtype: of what is read; as it is on disk, if None (but float64 only where JAX has x64).
       names: what torch calls the module of a leaf, by the leaf's path, with a `{}` for each batch
         axis: `{"h/attn/c_attn/kernel": "transformer.h.{}.attn.c_attn"}`, or a function.
@@ -77,7 +78,7 @@ def read_peft(
     folder = Path(path)
     try:
         with open_weights(folder) as weights:
-            config = read_config(folder)
+            config = read_config(folder, strict=strict)
             places = all_places(base, naming(names), layouts or {}, fan_in_fan_out)
             fused = find_fused(config, places)
             joined = {place for parameter in fused for parts in parameter.places for place in parts}
