@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 
 import gguf
@@ -85,6 +86,10 @@ def test_a_run_becomes_a_whole_model(files, done, tmp_path, capsys):
     other = adapted_logits(files["model"], done / "checkpoint", "float32")
     assert np.abs(logits(path) - other).max() > 1e-2
     assert read_model(path).tokenizer.encode("ab!!").ids == [65, 66, 97]
+    # The run's own folder is a place for it, too.
+    assert main(["convert", str(done), str(done / "merged"), "--log", "quiet"]) == 0
+    np.testing.assert_array_equal(logits(done / "merged"), logits(path))
+    shutil.rmtree(done / "merged")
 
 
 def test_an_adapter_alone_is_merged_into_the_model_that_is_named(files, done, tmp_path, capsys):
