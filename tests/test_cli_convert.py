@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 
 import gguf
@@ -85,6 +86,10 @@ def test_a_run_becomes_a_whole_model(files, done, tmp_path, capsys):
     other = adapted_logits(files["model"], done / "checkpoint", "float32")
     assert np.abs(logits(path) - other).max() > 1e-2
     assert read_model(path).tokenizer.encode("ab!!").ids == [65, 66, 97]
+    # The run's own folder is a place for it, too.
+    assert main(["convert", str(done), str(done / "merged"), "--log", "quiet"]) == 0
+    np.testing.assert_array_equal(logits(done / "merged"), logits(path))
+    shutil.rmtree(done / "merged")
 
 
 def test_an_adapter_alone_is_merged_into_the_model_that_is_named(files, done, tmp_path, capsys):
@@ -185,6 +190,29 @@ def test_an_adapter_of_peft_becomes_any_of_them(files, done, tmp_path, capsys):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         there, here = (tmp_path / x / name for x in ("peft", "again"))
         assert there.read_bytes() == here.read_bytes()
+
+
+def test_an_adapter_of_peft_with_a_rank_for_each_layer(files, tmp_path, capsys):
+    checkpoint = read_model(files["model"], scan_layers=False)
+    rules = [lj.LoraRule(f"layers_{k}/.*/q_proj", rank=k + 2, alpha=9.0) for k in range(2)]
+    adapters = lj.init_adapters(jax.random.key(0), checkpoint.params, rules)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    write_peft(tmp_path / "peft", adapters, base_model=str(files["model"]))
+    converted(capsys, tmp_path / "peft", tmp_path / "merged")
+    apply = lj.adapt(Decoder(checkpoint.config).apply)
+    expected = apply({"params": lj.combine(checkpoint.params, adapters)}, TOKENS)
+    np.testing.assert_allclose(logits(tmp_path / "merged"), expected, atol=1e-4)
+    converted(capsys, tmp_path / "peft", tmp_path / "again", to="peft")
+    found, there = (
+        safetensors.numpy.load_file(tmp_path / x / "adapter_model.safetensors")
+        for x in ("again", "peft")
+    )
+    assert found.keys() == there.keys()
+    assert all(np.array_equal(x, there[name]) for name, x in found.items())
+    # Ours are of stacked layers.
+    argv = ["convert", str(tmp_path / "peft"), str(tmp_path / "own"), "--to", "lora-jax"]
+    assert main([*argv, "--log", "quiet"]) == 2
+    assert "have ranks 2, 3 in different layers" in one_sentence(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

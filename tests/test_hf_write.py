@@ -270,7 +270,10 @@ def test_nothing_is_written_over(tmp_path):
     write_hf(tmp_path / "written", checkpoint, shard_size=20_000)
     write_hf(tmp_path / "written", checkpoint, dtype=np.float16)
     assert len(list((tmp_path / "written").glob("*.safetensors*"))) == 1
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["source", "taken", "written"]
+    (tmp_path / "link").symlink_to("written")
+    write_hf(tmp_path / "link", checkpoint)
+    assert saved(tmp_path / "written")["model.norm.weight"].dtype == np.float32
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["link", "source", "taken", "written"]
 
 
 class Interrupted(BaseException):

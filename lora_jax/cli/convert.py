@@ -182,6 +182,11 @@ def _model_options(found: Found, options: Subject) -> ModelOptions:
     )
 
 
+def _may_differ(found: Found) -> bool:
+    """Whether ranks and scales may be others in each layer, so that layers cannot be stacked."""
+    return found.kind == "peft"
+
+
 def _peft_name(found: Found) -> str | None:
     """What PEFT's config calls the model of an adapter, if that is what was found."""
     if found.kind != "peft":
@@ -212,10 +217,13 @@ def _write_model(found: Found, options: Subject, reporter: Reporter) -> None:
             f"{described.model} is read, its kernels are stored in {described.base}, "
             f"{'the adapter is merged, ' * (found.kind in ADAPTERS)}and it is written in {dtype}."
         )
-        model = load_model(described)
-        checkpoint = dataclasses.replace(model.checkpoint, params=model.base)
+        if _may_differ(found) and described.base in ("float32", "bfloat16"):
+            checkpoint = read_model(described.model, dtype=described.base, scan_layers=False)
+        else:
+            model = load_model(described)
+            checkpoint = dataclasses.replace(model.checkpoint, params=model.base)
         if found.kind in ADAPTERS:
-            adapters = ADAPTERS[found.kind](found.path, model.base)
+            adapters = ADAPTERS[found.kind](found.path, checkpoint.params)
     with _into(options.destination), _progress(reporter) as progress:
         write_hf(
             options.destination,
@@ -255,7 +263,10 @@ class Adapted(NamedTuple):
         """Reads the adapter for the shapes of its model."""
         source = _model_options(found, options).model
         outline = read_outline(fetch(source))
-        adapters = ADAPTERS[found.kind](found.path, parameter_shapes(outline.config()))
+        # Our own adapters are for scanned layers wherever a command reads them.
+        scanned = options.to == "lora-jax" or not _may_differ(found)
+        config = dataclasses.replace(outline.config(), scan_layers=scanned)
+        adapters = ADAPTERS[found.kind](found.path, parameter_shapes(config))
         name = None if options.model else _peft_name(found)
         return cls(adapters, outline, name or HUB_NAMES.get(source, outline.name))
 

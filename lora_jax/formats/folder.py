@@ -47,7 +47,7 @@ def written_folder(target: Path, own: str) -> Iterator[Path]:
       FileExistsError: if the place holds something else.
       OSError: if the folder cannot be written; what was there before is still there.
     """
-    target = target.absolute()
+    target = target.resolve()  # of a link, what it points to is replaced
     require_replaceable(target, own)
     partial, old = (
         target.with_name(f".{target.name}.{os.getpid()}.{x}") for x in ("partial", "old")

@@ -83,27 +83,15 @@ def write_hf(
         raise ValueError(f"shard_size is {shard_size}, expected a number of bytes")
     described = config_json(checkpoint, dtype)
     tensors = disassemble(config, naming(config), checkpoint.params, adapters, dtype=dtype)
-    total = sum(_nbytes(tensor, dtype) for tensor in tensors)
     with written_folder(target, OWN) as folder:
-        _require_space(folder, total)
+        _require_space(folder, sum(_nbytes(tensor, dtype) for tensor in tensors))
         write_file(folder / "config.json", as_json(described))
         for name, content in text_files(checkpoint).items():
             write_file(folder / name, content)
         shards = list(_shards(tensors, dtype, shard_size))
-        names: dict[str, str] = {}
-        done = 0
-        for number, shard in enumerate(shards, 1):
-            file = "model.safetensors"
-            if len(shards) > 1:
-                file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            for _ in _written(folder / file, shard, dtype):
-                done += 1
-                if progress is not None:
-                    progress(done, len(tensors))
-            names |= {tensor.name: file for tensor in shard}
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": names}
-            write_file(folder / "model.safetensors.index.json", as_json(index))
+        for done, _ in enumerate(_write_weights(folder, shards, dtype), 1):
+            if progress is not None:
+                progress(done, len(tensors))
 
 
 def check_target(path: Path) -> None:
@@ -197,7 +185,23 @@ def _shards(tensors: Sequence[Tensor], dtype: np.dtype, most: int) -> Iterator[l
     yield shard
 
 
-def _written(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> Iterator[None]:
+def _write_weights(
+    folder: Path, shards: Sequence[Sequence[Tensor]], dtype: np.dtype
+) -> Iterator[None]:
+    """Writes the tensors of each file, and where they are if there are several."""
+    names: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = file if len(shards) > 1 else "model.safetensors"
+        yield from _write_file(folder / file, shard, dtype)
+        names |= {tensor.name: file for tensor in shard}
+    if len(shards) > 1:
+        size = sum(_nbytes(tensor, dtype) for shard in shards for tensor in shard)
+        index = {"metadata": {"total_size": size}, "weight_map": names}
+        write_file(folder / "model.safetensors.index.json", as_json(index))
+
+
+def _write_file(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> Iterator[None]:
     """Writes a safetensors file, one tensor after the other.
 
     The `safetensors` package takes all the tensors of a file at once. The format is that of its
@@ -226,7 +230,7 @@ def _written(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> Iterator
                     f"{tensor.name} has values that are infinite or NaN as {dtype.name}; write "
                     "another dtype, or repair the parameters"
                 )
-            file.write(np.ascontiguousarray(values).tobytes())
+            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
             yield
         file.flush()
         os.fsync(file.fileno())  # the rename must not reach the disk before the content

@@ -126,8 +126,8 @@ def safetensors_headers(path: Path) -> list[Header]:
         end = max((x["data_offsets"][1] for x in tensors.values()), default=0)
     except (ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
-            f"{path} is no safetensors file, or ends too early ({size:,} bytes): its head cannot "
-            "be read. Fetch the file again."
+            f"{path} is no safetensors file: it has no head that can be read, or ends too early "
+            f"({size:,} bytes). Fetch the file again."
         ) from error
     if size != (expected := 8 + length + end):
         raise ValueError(
