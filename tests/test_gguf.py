@@ -296,7 +296,7 @@ def test_kernels_that_cannot_stay_packed(tmp_path):
     with pytest.raises(ValueError, match=rf"{sentence} F16 \(14\)\."):
         read_gguf(path, packed=True)
     path = write(tmp_path / "mixed.gguf", change=with_a_dense_layer).path
-    with pytest.raises(ValueError, match=r"in layer 1 \(dense\) and in another before it \(q4_1\)"):
+    with pytest.raises(ValueError, match=r"in layer 1 \(dense\) and in another before it \(.*q4_1"):
         read_gguf(path, packed=True)
     with pytest.raises(ValueError, match="is a folder of safetensors; only the kernels of a GGUF"):
         read_model(tmp_path, packed=True)
