@@ -59,6 +59,15 @@ def test_writes_what_was_read(case):
             assert ours.dtype == (np.uint8 if name == "weight" else values.dtype)
 
 
+def test_scales_in_half_precision():
+    """As a model leaves them that was saved after it ran on some CPUs; widened, as there."""
+    tensors = state_dict(PLAIN)
+    half = tensors["weight.absmax"].astype(jnp.bfloat16)
+    q = from_tensors(tensors | {"weight.absmax": half})
+    assert q.scales.dtype == np.float32
+    np.testing.assert_array_equal(q.scales.ravel(), half.astype(np.float32))
+
+
 def test_layouts_of_a_model():
     """A Flax kernel is written as the matrix that torch has; of a stack, one layer at a time."""
     w = np.random.default_rng(0).normal(size=(2, 64, 5)).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -206,11 +207,18 @@ def test_broken_weights_in_4_bits(tmp_path):
     rewrite(folder, spoilt)
     with pytest.raises(ValueError, match=r"the scales of model.*up_proj\.weight are NaN"):
         read_model(folder, scan_layers=False)
-    rewrite(folder, packed(ONE), without=[])
-    part = {ONE: packed(ONE)[ONE]}
-    rewrite(folder, part)
+    rewrite(folder, {ONE: packed(ONE)[ONE]})
     with pytest.raises(ValueError, match=r"up_proj\.weight' of model\.safetensors is stored as U8"):
         read_model(folder)
+    second = {f"{ONE}.absmax": packed(ONE)[f"{ONE}.absmax"]}
+    rewrite(folder, packed(ONE))
+    shutil.move(folder / "model.safetensors", folder / "a.safetensors")
+    safetensors.numpy.save_file(second, folder / "b.safetensors")
+    index = {"weight_map": {"one": "a.safetensors", "two": "b.safetensors"}}
+    write_json(folder / "model.safetensors.index.json", index)
+    with pytest.raises(ValueError, match=r"up_proj\.weight\.absmax is more than once in the files"):
+        read_model(folder)
+    (folder / "model.safetensors.index.json").unlink()
     lying = packed("model.layers.1.mlp.down_proj.weight")
     rewrite(folder, {name.replace("down", "up"): x for name, x in lying.items()})
     with pytest.raises(ValueError, match=r"\(24, 40\), expected \(40, 24\)\) is of another"):

@@ -3,10 +3,10 @@
     python experiments/loading/memory.py
     python experiments/loading/memory.py --stored float16 --dtype float32
 
-A Llama of about a billion random parameters is written into a temporary folder, 2 GB in four files
-without a tokenizer's worth of meaning, and read by a process of its own. The peak is the kernel's
-(VmHWM of the process, all its pages counted) less what the process held before it read anything;
-the largest tensor is as it lies in the files. What must hold is
+A Llama of about a billion random parameters is written into a temporary folder, 2 GB in four files,
+and read by a process of its own. The peak is the largest resident size that the kernel has seen
+(VmHWM, which is ru_maxrss; file pages count) less the size before anything was read, JAX's backend
+having started; the largest tensor is as it lies in the files. What must hold is
 
     peak <= size of the model read + 1.5 * largest tensor.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import subprocess
 import sys
 import tempfile
@@ -132,11 +132,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write_folder(Path(name), options.stored)
         command = [sys.executable, __file__, "--read", name, "--dtype", options.dtype]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
         found = json.loads(done.stdout)
         on_disk = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
-    import math
-
     item = 4 if options.stored == "float32" else 2
     largest = item * max(math.prod(shape) for shape in shapes().values())
     bound = found["final"] + 1.5 * largest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from lora_jax.core.leaves import (
     is_array,
     is_concrete,
     parse_layout,
+    split_axes,
     to_matrix,
 )
 from lora_jax.kernels import xla
@@ -151,37 +153,53 @@ def _encode(w: jax.Array, kind: str, block_size: int, layout: str) -> tuple[jax.
 
     Both as of a flat leaf, where the block size does not divide `in`.
     """
-    m = to_matrix(w, layout)
-    if not m.shape[-1] % block_size:
-        return _encode_blocks(m, kind, block_size)
+    batch = w.ndim - len(layout.split())
+    outer, inner = (math.prod(sizes) for sizes in split_axes(layout, w.shape[batch:]))
+    if inner % block_size:
+        return _encode_flat(to_matrix(w, layout), kind, block_size)
+    if layout[0] == "i":
+        # Encoded as it lies, and only the codes transposed: nine times as fast on a CPU.
+        columns = w.reshape(*w.shape[:batch], inner, outer)
+        codes, absmax = _encode_blocks(columns, kind, block_size, axis=-2)
+        return codes.swapaxes(-1, -2), absmax.swapaxes(-1, -2)
+    return _encode_blocks(to_matrix(w, layout), kind, block_size, axis=-1)
+
+
+def _encode_flat(m: jax.Array, kind: str, block_size: int) -> tuple[jax.Array, jax.Array]:
+    """The same of matrices `[b..., out, in]` as one row, with an incomplete last block perhaps."""
     m = m.reshape(*m.shape[:-2], 1, -1)
     size, rest = m.shape[-1], m.shape[-1] % block_size
-    parts = [_encode_blocks(m[..., : size - rest], kind, block_size)] if size > rest else []
+    parts = []
+    if size > rest:
+        parts.append(_encode_blocks(m[..., : size - rest], kind, block_size, axis=-1))
     if rest:
         padding = [(0, 0)] * (m.ndim - 1) + [(0, block_size - rest)]
         last = jnp.pad(m[..., size - rest :], padding)
-        parts.append(_encode_blocks(last, kind, block_size, divide=True))
+        parts.append(_encode_blocks(last, kind, block_size, axis=-1, divide=True))
     codes, absmax = (jnp.concatenate(part, -1) for part in zip(*parts, strict=True))
     return codes[..., : -(-size // 2)], absmax
 
 
 def _encode_blocks(
-    m: jax.Array, kind: str, block_size: int, divide: bool = False
+    m: jax.Array, kind: str, block_size: int, *, axis: int, divide: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The same of rows that blocks divide."""
-    blocks = m.astype(jnp.float32).reshape(*m.shape[:-1], -1, block_size)
-    absmax = jnp.abs(blocks).max(-1)
+    """Codes, two a byte, and the largest magnitudes of blocks along an axis, -1 or -2."""
+    blocks = _split(m, axis, block_size)
+    absmax = _largest(blocks, axis)
     # bitsandbytes multiplies by the reciprocal of max(absmax, 1e-38), but divides an incomplete
     # block. That bound is itself subnormal and some backends flush it to zero, so its reciprocal is
     # written out.
     tiny = absmax < np.finfo(np.float32).tiny
     divisor = jnp.where(tiny, 1.0, absmax)
     reciprocal = jnp.where(tiny, np.float32(1e38), 1.0 / divisor)
-    scaled = blocks * reciprocal[..., None]
+    blocks = blocks.astype(jnp.float32)
+    scaled = blocks * jnp.expand_dims(reciprocal, axis)
     if divide:
-        scaled = jnp.where(tiny[..., None], scaled, blocks / divisor[..., None])
+        quotient = blocks / jnp.expand_dims(divisor, axis)
+        scaled = jnp.where(jnp.expand_dims(tiny, axis), scaled, quotient)
     midpoints, order = decision_points(kind, block_size)
-    return _packed(_nearest(scaled, midpoints, order)), absmax
+    codes = _nearest(scaled, midpoints, order).reshape(m.shape)
+    return _packed(_split(codes, axis, 2), axis), absmax
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "block_size", "layout"))
@@ -215,18 +233,36 @@ def _encode_as_gguf(
     reciprocal = jnp.where(tiny, 0.0, 1.0 / jnp.where(tiny, 1.0, scales))
     # The bound changes no code; like that of `kernels.xla` it keeps product and sum apart.
     steps = jnp.maximum((blocks - start) * reciprocal, -8.0) + (zero + 0.5)
-    codes = _packed(jnp.minimum(steps, 15.0).astype(jnp.uint8))[..., : -(-size // 2)]
+    codes = jnp.minimum(steps, 15.0).astype(jnp.uint8).reshape(m.shape)
+    codes = _packed(_split(codes, -1, 2), -1)[..., : -(-size // 2)]
     minimum = None if kind == "q4_0" else start[..., 0].astype(jnp.float16)
     return codes, scales[..., 0].astype(jnp.float16), minimum, jnp.abs(blocks).max(-1)
 
 
-def _packed(codes: jax.Array) -> jax.Array:
-    """Codes in blocks `[b..., out, in/G, G]` as bytes `[b..., out, in/2]`."""
-    codes = codes.reshape(*codes.shape[:-2], -1, 2)
+def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """An axis, -1 or -2, in parts of `size`, which are the axis at that place of the result."""
+    before, after = x.shape[: x.ndim + axis], x.shape[x.ndim + axis + 1 :]
+    return x.reshape(*before, -1, size, *after)
+
+
+def _largest(blocks: jax.Array, axis: int) -> jax.Array:
+    """The largest magnitude in float32; NaN, if there is one."""
+    if blocks.dtype == jnp.float32:
+        return jnp.abs(blocks).max(axis)
+    # Without a sign, floats order as their bits do, with NaN above all: so 16 bits are compared as
+    # they are, in half the time, and no float32 copy of them is made.
+    bits = jax.lax.bitcast_convert_type(blocks, jnp.uint16) & np.uint16(0x7FFF)
+    return jax.lax.bitcast_convert_type(bits.max(axis), blocks.dtype).astype(jnp.float32)
+
+
+def _packed(pairs: jax.Array, axis: int) -> jax.Array:
+    """Pairs of codes along an axis as one byte, the earlier one in the high nibble."""
+    if axis == -2:
+        return (pairs[..., 0, :] << 4) | pairs[..., 1, :]
     # Two neighbours as one number, the earlier one in its low byte: XLA vectorizes shifts of those,
-    # which is three times as fast on a CPU as taking every other code.
-    pairs = jax.lax.bitcast_convert_type(codes, jnp.uint16)
-    return ((pairs << 4) | (pairs >> 8)).astype(jnp.uint8)
+    # but not taking every other code, which takes three times as long on a CPU.
+    both = jax.lax.bitcast_convert_type(pairs, jnp.uint16)
+    return ((both << 4) | (both >> 8)).astype(jnp.uint8)
 
 
 def _nearest(x: jax.Array, midpoints: np.ndarray, order: np.ndarray) -> jax.Array:

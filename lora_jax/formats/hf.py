@@ -224,17 +224,21 @@ def _tensors(files: Sequence[Path]) -> list[Tensor]:
     Those that a weight in 4 bits consists of are one, wherever they are.
     """
     stored = [tensor for file in files for tensor in stored_tensors(file)]
-    by_name = {tensor.name: tensor for tensor in stored}
-    packed = {
-        name.partition(bitsandbytes.STATE)[0] for name in by_name if bitsandbytes.STATE in name
-    }
-    tensors = []
+    packed = {bitsandbytes.weight_of(tensor.name) for tensor in stored if _is_state(tensor.name)}
+    parts: dict[str, dict[str, StoredTensor]] = {name: {} for name in packed if name}
     for tensor in stored:
         weight = bitsandbytes.weight_of(tensor.name)
-        if weight in packed:
+        if weight is None or weight not in parts:
             continue
-        if tensor.name in packed:
-            tensors.append(_packed(tensor.name, by_name))
+        if tensor.name in parts[weight]:
+            raise ValueError(f"{tensor.name} is more than once in the files")
+        parts[weight][tensor.name] = tensor
+    tensors = []
+    for tensor in stored:
+        if bitsandbytes.weight_of(tensor.name) in parts:
+            continue
+        if tensor.name in parts:
+            tensors.append(_packed(tensor, parts[tensor.name]))
         elif tensor.dtype in FLOATS:
             tensors.append(Tensor(tensor.name, tensor.shape, tensor.read))
         else:
@@ -245,15 +249,19 @@ def _tensors(files: Sequence[Path]) -> list[Tensor]:
     return tensors
 
 
-def _packed(name: str, stored: Mapping[str, StoredTensor]) -> Tensor:
+def _is_state(name: str) -> bool:
+    return bitsandbytes.STATE in name
+
+
+def _packed(codes: StoredTensor, parts: Mapping[str, StoredTensor]) -> Tensor:
     """A weight of bitsandbytes, to be read with all that belongs to it."""
-    parts = [part for part in stored if part == name or bitsandbytes.weight_of(part) == name]
-    states = {part: stored[part].read() for part in parts if bitsandbytes.STATE in part}
+    states = {name: part.read() for name, part in parts.items() if _is_state(name)}
 
     def read() -> QuantizedArray:
-        return bitsandbytes.from_tensors({part: stored[part].read() for part in parts}, name)
+        tensors = {name: part.read() for name, part in parts.items()}
+        return bitsandbytes.from_tensors(tensors | {codes.name: codes.read()}, codes.name)
 
-    return Tensor(name, bitsandbytes.State.of(states, name).shape, read)
+    return Tensor(codes.name, bitsandbytes.State.of(states, codes.name).shape, read)
 
 
 def _is_derived(name: str, *, tied_head: bool) -> bool:
