@@ -181,7 +181,7 @@ def test_a_weight_in_parts_of_the_files(tmp_path):
 def test_layers_stored_in_different_ways(tmp_path):
     folder = write_folder(tmp_path, quantization_config=CONFIG)
     rewrite(folder, packed(ONE))
-    with pytest.raises(ValueError, match=r"up_proj/kernel is stored in one way in layer 1 \(Quant"):
+    with pytest.raises(ValueError, match=r"up_proj/kernel is stored in one way at \[1\] \(Quant"):
         read_model(folder)
     params = read_model(folder, scan_layers=False).params
     assert isinstance(params["layers_1"]["mlp"]["up_proj"]["kernel"], lj.QuantizedArray)
