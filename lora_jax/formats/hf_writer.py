@@ -1,8 +1,10 @@
 """Model folders written, for transformers to read; 4-bit leaves are for bitsandbytes.
 
-config.json                        as it was read, with what the weights now are
-model.safetensors                  or, of a large model, parts of it and their index
-tokenizer.json, ...                as they were read
+    config.json                        as it was read, with what the weights now are
+    model.safetensors                  or, of a large model, parts of it and their index
+    tokenizer.json, ...                as they were read
+
+Names and folders are those that `lora_jax.formats.hf` reads.
 """
 
 from __future__ import annotations
