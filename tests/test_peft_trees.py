@@ -53,6 +53,44 @@ def test_experts_are_modules_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("scales", "modules"),
+    [
+        (
+            ["attn_norm", "mlp_norm"],
+            ["input_layernorm", "post_attention_layernorm"],
+        ),
+        (  # Gemma 2's, where the second of these names says another thing
+            ["attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm"],
+            [
+                *("input_layernorm", "post_attention_layernorm"),
+                *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            ],
+        ),
+    ],
+)
+def test_norms_are_called_what_their_family_calls_them(tmp_path, scales, modules):
+    layers = {name: {"scale": np.full((2, 3), k)} for k, name in enumerate(scales)}
+    base = {"layers": {**layers, "attn": {"q_proj": {"kernel": np.zeros((2, 3, 4))}}}}
+    base = jax.tree.map(lambda x: x.astype(np.float32), base)
+    adapters = random_adapters(base, [lj.LoraRule("q_proj", rank=2, layout="b i o")])
+    adapters["layers"] |= layers
+    write_peft(tmp_path, adapters, base_model="x")
+    written = tensors(tmp_path)
+    for value, module in enumerate(modules):
+        assert (written[f"model.layers.1.{module}.weight"] == value).all()
+    again = read_peft(tmp_path, base)
+    jax.tree.map(np.testing.assert_array_equal, again["layers"], adapters["layers"])
+
+
+def test_a_router_is_called_a_gate(tmp_path):
+    base = expert_tree()
+    write_peft(
+        tmp_path, random_adapters(base, [lj.LoraRule("router", 2, layout="b i o")]), base_model="x"
+    )
+    assert "model.layers.1.mlp.gate.lora_A.weight" in tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
     "targets", [["down_proj"], ["experts.gate_up_proj", "mlp.experts.down_proj"]]
 )
 def test_experts_in_one_parameter(tmp_path, targets):

@@ -3,10 +3,10 @@
     python experiments/loading/memory.py
     python experiments/loading/memory.py --stored float16 --dtype float32
 
-A Llama of about a billion random parameters is written into a temporary folder, 2 GB in four files,
-and read by a process of its own. The peak is the largest resident size that the kernel has seen
-(VmHWM, which is ru_maxrss; file pages count) less the size before anything was read, JAX's backend
-having started; the largest tensor is as it lies in the files. What must hold is
+A Llama of a billion random parameters is written into a temporary folder, 2 GB in four files (4 GB
+of float32), and read by a process of its own. The peak is the largest resident size that the kernel
+has seen (VmHWM, which is ru_maxrss; file pages count) less the size before anything was read, JAX's
+backend having started; the largest tensor is as it lies in the files. What must hold is
 
     peak <= size of the model read + 1.5 * largest tensor.
 """

@@ -26,7 +26,7 @@ from lora_jax.formats import Checkpoint, Quantization, read_model
 from lora_jax.formats.sources import SourceError, fetch
 from lora_jax.models.decoder import Decoder
 
-KERNELS = r"layers/.*/kernel"  # what is stored in 4 bits
+KERNELS = r"layers/.*_proj/kernel"  # what is stored in 4 bits; a router is not
 LAYOUT = "b i o"  # theirs: layers are scanned, and come first
 
 # What the published models are called where PEFT looks for them.

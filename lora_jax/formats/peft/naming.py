@@ -12,6 +12,7 @@ Shapes: L layers, E experts, r rank, V vocabulary, D width, `in` contracted, `ou
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -31,6 +32,14 @@ _PARTS = {
     "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
     "experts": "experts.{}",
+    "router": "gate",
+}
+# Where norms follow attention and MLP as well, transformers' names say another thing.
+_PARTS_OF_POST_NORMS = {
+    **_PARTS,
+    "attn_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
 }
 _WHOLE_MODELS = {
     EMBEDDING: "model.embed_tokens",
@@ -39,20 +48,27 @@ _WHOLE_MODELS = {
 }
 
 
-def decoder_module(path: str) -> str | None:
-    """What transformers calls the module of a leaf of an `lj.models` decoder; None for others."""
+def decoder_module(path: str, *, post_norms: bool = False) -> str | None:
+    """What transformers calls the module of a leaf of an `lj.models` decoder; None for others.
+
+    Args:
+      path: of the leaf.
+      post_norms: whether the decoder norms what attention and MLP give, too.
+    """
     layer = re.fullmatch(r"layers(?:_(\d+))?/(.+)/(kernel|scale|bias)", path)
     if layer is None:
         return _WHOLE_MODELS.get(path)
     number, parts, _ = layer.groups()
-    name = ".".join(_PARTS.get(part, part) for part in parts.split("/"))
+    known = _PARTS_OF_POST_NORMS if post_norms else _PARTS
+    name = ".".join(known.get(part, part) for part in parts.split("/"))
     return f"model.layers.{'{}' if number is None else number}.{name}"
 
 
-def naming(names: Names | None) -> Callable[[str], str | None]:
-    """The function that names a leaf's module; of a decoder's, if `names` is None."""
+def naming(names: Names | None, paths: Collection[str]) -> Callable[[str], str | None]:
+    """The function that names a leaf's module: of a decoder with these paths, if none is given."""
     if names is None:
-        return decoder_module
+        post_norms = any("/mlp_post_norm/" in path for path in paths)
+        return functools.partial(decoder_module, post_norms=post_norms)
     return names.get if isinstance(names, Mapping) else names
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.core.leaves import Adapter
-from lora_jax.core.tree import combine, map_leaves
+from lora_jax.core.tree import combine, map_leaves, named_leaves
 from lora_jax.formats.peft.config import PeftConfig, read_config
 from lora_jax.formats.peft.fused import Fused, find_fused, fused_shapes, fused_shares
 from lora_jax.formats.peft.naming import Names, adapter_indices, naming, parameter, turned
@@ -79,7 +79,8 @@ def read_peft(
     try:
         with open_weights(folder) as weights:
             config = read_config(folder, strict=strict)
-            places = all_places(base, naming(names), layouts or {}, fan_in_fan_out)
+            name_of = naming(names, [path for path, _ in named_leaves(base)])
+            places = all_places(base, name_of, layouts or {}, fan_in_fan_out)
             fused = find_fused(config, places)
             joined = {place for parameter in fused for parts in parameter.places for place in parts}
             apart = [place for place in places if place not in joined]

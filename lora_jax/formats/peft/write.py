@@ -162,11 +162,12 @@ class _Record:
 
 
 def _record(adapters: Any, names: Names | None, fan_in_fan_out: str | Sequence[str]) -> _Record:
-    record, name_of = _Record(), naming(names)
+    record = _Record()
     flat, _ = jax.tree_util.tree_flatten_with_path(
         adapters, is_leaf=lambda x: x is None or is_leaf(x)
     )
     leaves = [(path_string(path), leaf) for path, leaf in flat]
+    name_of = naming(names, [path for path, _ in leaves])
     conv1d = conv1d_paths(fan_in_fan_out, [path for path, _ in leaves])
     adapted = {path for path, leaf in leaves if isinstance(leaf, Adapter)}
     record.fan_in_fan_out = bool(adapted & conv1d)
