@@ -69,7 +69,7 @@ def test_experts_are_modules_of_their_own(tmp_path):
     ],
 )
 def test_norms_are_called_what_their_family_calls_them(tmp_path, scales, modules):
-    layers = {name: {"scale": np.full((2, 3), k)} for k, name in enumerate(scales)}
+    layers = {n: {"scale": np.full((2, 3), k, np.float32)} for k, n in enumerate(scales)}
     base = {"layers": {**layers, "attn": {"q_proj": {"kernel": np.zeros((2, 3, 4))}}}}
     base = jax.tree.map(lambda x: x.astype(np.float32), base)
     adapters = random_adapters(base, [lj.LoraRule("q_proj", rank=2, layout="b i o")])
