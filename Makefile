@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
+# Two processes, each with whole files, since files share what is slow to make.
+PYTEST := $(PY) -m pytest --numprocesses=2 --dist=loadfile
 
 .PHONY: finetune test interop notebooks docs lint format clean
 
@@ -18,10 +20,10 @@ finetune: $(VENV)/.installed-run
 	$(BIN)/lora-jax finetune $(ARGS)
 
 test: $(VENV)/.installed-test $(VENV)/.installed-foreign-models
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 interop: $(VENV)/.installed-interop $(VENV)/.installed-tpu
-	$(PY) -m pytest tests/interop $(ARGS)
+	$(PYTEST) tests/interop $(ARGS)
 
 notebooks: $(VENV)/.installed-notebooks
 	$(PY) notebooks/run.py $(ARGS)
