@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 # Two processes, each with whole files, since files share what is slow to make.
-PYTEST := $(PY) -m pytest --numprocesses=2 --dist=loadfile
+PYTEST := $(PY) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: finetune test interop notebooks docs lint format clean
 

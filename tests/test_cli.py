@@ -48,8 +48,8 @@ def test_it_says_what_it_does(done):
     assert not re.search(r"[^\n -~…]", printed)  # no control characters where there is no terminal
     for expected in (
         r"train       \d+ sequences of [\d,]+ tokens, \d+ learned\.\n",
-        r"layers/attn/q_proj/kernel +2x64x64 +nf4 +0\.00 +r=8 +2,048\n",
-        r"layers/mlp/up_proj/kernel +2x64x128 +nf4 +0\.01 +- +-\n",
+        r"layers/attn/q_proj/kernel +2x64x64 +nf4 +4\.\d+ +0\.00 +r=8 +2,048\n",
+        r"layers/mlp/up_proj/kernel +2x64x128 +nf4 +4\.\d+ +0\.01 +- +-\n",
         r"4 of 11 weights are adapted: [\d,]+ trainable of [\d,]+ parameters \([\d.]+ %\)",
         r"training 12/12  loss \d\.\d+  [\d,]+ tokens/s  \d\.\d GiB  ETA 0:00:00\n",
         r"step 10: validation/nll \d\.\d+, validation/accuracy \d+\.\d %\n",

@@ -169,6 +169,7 @@ _FAMILIES: Mapping[str, _Family] = {
 }
 # The fields in which null is a value, and no other word for leaving them out.
 _NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+_MOST = 10_000  # layers or experts, which are listed one by one: more are a broken file
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -196,7 +197,7 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     for name in ("use_bidirectional_attention", "use_mrope"):
         _refuse_all_but([False], name, fields.get(name, False))
     dim, num_heads = _need(fields, "hidden_size"), _need(fields, "num_attention_heads")
-    layers = _need(fields, "num_hidden_layers")
+    layers = _count(fields, "num_hidden_layers")
     window, windowed = _windows(fields, layers)
     shape = {
         "vocab_size": _need(fields, "vocab_size"),
@@ -224,6 +225,15 @@ def _need(fields: Mapping[str, Any], name: str) -> Any:
     if name not in fields:
         raise ValueError(f"config.json lacks {name!r}, without which no model is defined.")
     return fields[name]
+
+
+def _count(fields: Mapping[str, Any], name: str) -> int:
+    value = _need(fields, name)
+    if type(value) is not int or not 1 <= value <= _MOST:
+        raise ValueError(
+            f"{name} is {value!r} in config.json; expected a whole number from 1 to {_MOST:,}."
+        )
+    return value
 
 
 def _refuse_all_but(known: Collection[Any], name: str, value: Any) -> None:
@@ -319,7 +329,7 @@ def _mlp(fields: Mapping[str, Any]) -> dict[str, Any]:
     experts = "num_local_experts" if "num_local_experts" in fields else "num_experts"
     return shape | {
         "mlp_dim": _need(fields, "moe_intermediate_size"),
-        "num_experts": _need(fields, experts),
+        "num_experts": _count(fields, experts),
         "experts_per_token": _need(fields, "num_experts_per_tok"),
         "normalized_routing": fields.get("norm_topk_prob", False),
     }
