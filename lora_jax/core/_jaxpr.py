@@ -41,3 +41,8 @@ def name_scope(equation: Any) -> contextlib.AbstractContextManager:
     """The scope an equation was written in, so that profiles keep their names."""
     scope = str(equation.source_info.name_stack)
     return jax.named_scope(scope) if scope else contextlib.nullcontext()
+
+
+def evaluated(jaxpr: Any, consts: Any, values: Any) -> list:
+    """The outputs of a jaxpr."""
+    return jax.core.eval_jaxpr(jaxpr, consts, *values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core import folded, products
 from lora_jax.core.leaves import QuantizedArray
 from lora_jax.core.view import View
 from lora_jax.kernels import decode_rows
@@ -63,13 +65,16 @@ class Sum:
         return Sum(jnp.transpose(self.product, permutation), self.update.transpose(permutation))
 
 
-def dot_general(lhs: Any, rhs: Any, params: dict[str, Any]) -> jax.Array | Sum | None:
+def dot_general(
+    lhs: Any, rhs: Any, params: dict[str, Any], product: Callable[..., jax.Array] | None = None
+) -> jax.Array | Sum | None:
     """`lax.dot_general` where one operand is a `View`, or both are.
 
     Args:
       lhs: array or view.
       rhs: array or view.
       params: the primitive's parameters.
+      product: what takes the product of two arrays; by default the primitive with these parameters.
 
     Returns:
       The product, or None where an adapted axis group is not contracted at all.
@@ -77,14 +82,19 @@ def dot_general(lhs: Any, rhs: Any, params: dict[str, Any]) -> jax.Array | Sum |
     left, right, out = _label(len(lhs.shape), len(rhs.shape), params["dimension_numbers"])
     precision = params.get("precision")
 
-    def product(x: jax.Array, y: jax.Array) -> jax.Array:
-        return lax.dot_general(x, y, **params)
-
+    product = product or functools.partial(lax.dot_general, **params)
     if isinstance(lhs, View) and isinstance(rhs, View):
         return _product_of_views(lhs, left, rhs, right, out, product, precision)
     if isinstance(lhs, View):
         return _product(lhs, left, Labelled(rhs, right), out, product, precision)
-    return _product(rhs, right, Labelled(lhs, left), out, lambda w, x: product(x, w), precision)
+    flipped = lambda w, x: product(x, w)  # noqa: E731
+    return _product(rhs, right, Labelled(lhs, left), out, flipped, precision)
+
+
+def float32_product(x: Any, w: Any) -> jax.Array | Sum | None:
+    """`products.float32_product` where an operand is a `View`, or both are."""
+    params = {"dimension_numbers": (((len(x.shape) - 1,), (0,)), ((), ()))}
+    return dot_general(x, w, params, products.float32_product)
 
 
 def total(x: Any) -> Any:
@@ -119,17 +129,23 @@ def _product(
         return _base_product(view, x.value, product)
     # Activations may be integers, or narrower than the weight: the product is of the wider dtype.
     dtype = jnp.promote_types(x.value.dtype, view.dtype)
-    factors = _factors(view, labels, [k for k in x.labels if k not in out], dtype)
-    if factors is None:
+    summed = [k for k in x.labels if k not in out]
+    if _factors(view, labels, summed, dtype) is None:
         return None
-    first, second = factors
-    dropped = Labelled(_dropout(view, x.value.astype(dtype)), x.labels)
-    needed = {*out, *second.labels}
-    kept = [k for k in dict.fromkeys((*x.labels, *first.labels)) if k in needed]
-    hidden = dropped.times(first, kept, precision)  # [T, r]
-    hidden = Labelled(hidden.value.astype(dtype), hidden.labels)
-    update = hidden.times(second, out, precision)  # [T, out]
-    return Sum(_base_product(view, x.value, product), update.value)
+
+    def update(view: View, value: jax.Array) -> jax.Array:
+        first, second = _factors(view, labels, summed, dtype) or ()
+        dropped = Labelled(_dropout(view, value.astype(dtype)), x.labels)
+        needed = {*out, *second.labels}
+        kept = [k for k in dict.fromkeys((*x.labels, *first.labels)) if k in needed]
+        hidden = dropped.times(first, kept, precision)  # [T, r]
+        hidden = Labelled(hidden.value.astype(dtype), hidden.labels)
+        return hidden.times(second, out, precision).value  # [T, out]
+
+    rows = math.prod(x.value.shape) // math.prod(x.value.shape[x.labels.index(k)] for k in summed)
+    if folded.folds(view, x.value, rows):
+        return folded.product(view, x.value, product, update)
+    return Sum(_base_product(view, x.value, product), update(view, x.value))
 
 
 def _base_product(view: View, x: jax.Array, product: Callable) -> jax.Array:

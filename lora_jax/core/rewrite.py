@@ -11,14 +11,14 @@ import collections
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core import _jaxpr, contract
+from lora_jax.core import _jaxpr, contract, products
 from lora_jax.core.view import View
 
 
@@ -91,11 +91,15 @@ class Rewrite:
         if name in _LAZY and (result := _LAZY[name](equation.params, *values)) is not None:
             return list(result) if isinstance(result, list) else [result]
         if name in _PRODUCTS and (result := _PRODUCTS[name](equation.params, *values)) is not None:
-            for x in values:
-                if isinstance(x, View) and not isinstance(result, View):
-                    self.uses.append(Use(x.path, name, factored=True))
-            return [result]
+            return self.used(name, values, result)
         return _jaxpr.bind(equation, [self.made_dense(x, name) for x in values])
+
+    def used(self, primitive: str, values: Sequence, result: Any) -> list:
+        """The result of a factored use, which is noted."""
+        for x in values:
+            if isinstance(x, View) and not isinstance(result, View):
+                self.uses.append(Use(x.path, primitive, factored=True))
+        return [result]
 
     def control_flow(self, equation: Any, values: list, compiled: dict | None) -> list:
         """The outputs of a loop, branch or inner function that meets a view."""
@@ -259,8 +263,18 @@ _PRODUCTS: dict[str, Callable] = {
 
 
 def _inline(rewrite: Rewrite, equation: Any, *values: Any) -> list:
-    name = "jaxpr" if "jaxpr" in equation.params else "call_jaxpr"
-    return rewrite.run(*_jaxpr.opened(equation.params[name]), list(values))
+    name = equation.params.get("name")
+    if name == products.float32_product.__name__:
+        result = contract.float32_product(*values)
+        if result is not None:
+            return rewrite.used("dot_general", values, result)
+    inner = "jaxpr" if "jaxpr" in equation.params else "call_jaxpr"
+    jaxpr, consts = _jaxpr.opened(equation.params[inner])
+    if (primal := products.primal_of(jaxpr, name)) is not None:
+        order = [jaxpr.invars.index(atom) for atom in jaxpr.eqns[0].invars]
+        jaxpr, consts = _jaxpr.opened(primal)
+        values = tuple(values[k] for k in order)
+    return rewrite.run(jaxpr, consts, list(values))
 
 
 def _checkpoint(rewrite: Rewrite, equation: Any, *values: Any) -> list:

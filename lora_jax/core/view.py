@@ -123,14 +123,19 @@ class View:
 
     def dense(self) -> jax.Array:
         """The whole weight made dense, update included."""
-        values = self._base_values()
         if self.adapter is None:
-            return self._cast(values)
-        wide = jnp.promote_types(values.dtype, jnp.float32)
+            return self.dense_base()
+        wide = jnp.promote_types(self.base.dtype, jnp.float32)
+        if isinstance(self.base, QuantizedArray):
+            # Decoded wide, and rounded once, after the update has been added.
+            base = dataclasses.replace(self.base, dtype=np.dtype(wide))
+            values = dataclasses.replace(self, base=base)._base_values()
+        else:
+            values = self._base_values()
         a, b = self.adapter.a.astype(wide), self.adapter.b.astype(wide)
         update = jnp.matmul(b, a) * self.factor_scale(wide)[..., None, None]  # [b..., out, in]
         update = _permuted(update.reshape(self.canonical_shape), self.order)
-        return self._cast((values.astype(wide) + update).astype(values.dtype))
+        return self._cast((values.astype(wide) + update).astype(self.base.dtype))
 
     def _base_values(self) -> jax.Array:
         base, batch = self.base, len(self.batch_shape)

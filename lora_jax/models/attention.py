@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.models.config import AttentionKind, DecoderConfig
 from lora_jax.models.parts import RMSNorm, capped, dense
+from lora_jax.models.remat import saved
 
 
 class KVCache(NamedTuple):
@@ -141,11 +142,13 @@ class Attention(nn.Module):
 
         def turned(name: str, number: int) -> jax.Array:
             y = heads(name, number)
-            return _rotate(RMSNorm(c, name=f"{name}_norm")(y) if c.qk_norm else y, context)
+            if c.qk_norm:
+                y = RMSNorm(c, name=f"{name}_norm")(saved(y, "heads"))
+            return _rotate(y, context)
 
-        q = turned("q", c.num_heads)  # [B, T, N, H]
-        k = turned("k", c.num_kv_heads)  # [B, T, K, H]
-        v = heads("v", c.num_kv_heads)  # [B, T, K, H]
+        q = saved(turned("q", c.num_heads), "queries")  # [B, T, N, H]
+        k = saved(turned("k", c.num_kv_heads), "keys")  # [B, T, K, H]
+        v = saved(heads("v", c.num_kv_heads), "values")  # [B, T, K, H]
         if cache is not None:
             corner = (layer, 0, cache.length, 0, 0)
             cache = cache._replace(
@@ -154,7 +157,7 @@ class Attention(nn.Module):
             )
             k = jax.lax.dynamic_index_in_dim(cache.k, layer, keepdims=False).astype(c.dtype)
             v = jax.lax.dynamic_index_in_dim(cache.v, layer, keepdims=False).astype(c.dtype)
-        y = _attend(c, q, k, v, context.mask)  # [B, T, N, H]
+        y = saved(_attend(c, q, k, v, context.mask), "attended")  # [B, T, N, H]
         y = y.reshape(*y.shape[:-2], c.num_heads * c.head_dim)
         return Carry(dense(c, c.dim, "o_proj")(y), cache)
 

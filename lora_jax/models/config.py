@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-# What `DecoderConfig.remat` may name: what the backward pass finds saved of each layer.
-REMAT_POLICIES = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+from lora_jax.models import remat
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -91,7 +90,7 @@ class DecoderConfig:
       tied_head: Whether the logits are taken with the embedding instead of `lm_head`.
       scan_layers: Whether layers are one stacked layer under `nn.scan` (compiles in the time of one
         layer) or L separate ones.
-      remat: None to save what autodiff asks for, or one of `REMAT_POLICIES`.
+      remat: None to save what autodiff asks for, or one of `models.remat.POLICIES`.
       attention: Implementation in `jax.nn.dot_product_attention`: "xla", or "cudnn" for the fused
         kernel of NVIDIA GPUs in half precision, which knows no `attention_cap`.
       dtype: Of activations. Norm statistics, attention weights and logits are always float32.
@@ -150,10 +149,10 @@ class DecoderConfig:
                 f"attention_cap={self.attention_cap} with attention='cudnn', whose kernel knows no "
                 "cap; write attention='xla'."
             )
-        if self.remat is not None and self.remat not in REMAT_POLICIES:
+        if self.remat is not None and self.remat not in remat.POLICIES:
             raise ValueError(
                 f"remat={self.remat!r} is no policy; write None or one of "
-                f"{', '.join(REMAT_POLICIES)}."
+                f"{', '.join(remat.POLICIES)}."
             )
 
     def _check_layers(self) -> None:

@@ -44,6 +44,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lora_jax.core.products import float32_product
+from lora_jax.models import remat
 from lora_jax.models.attention import (
     Carry,
     Context,
@@ -67,9 +69,6 @@ __all__ = [
     "unstack_layers",
 ]
 
-# The head's products are summed and returned in float32, whatever the activations are.
-_float32_dot_general = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-
 
 class Decoder(nn.Module):
     """Tokens to logits.
@@ -92,7 +91,7 @@ class Decoder(nn.Module):
             # Under scan the loop itself keeps XLA from merging the second forward with the first.
             layer = nn.remat(
                 Layer,
-                policy=getattr(jax.checkpoint_policies, c.remat),
+                policy=remat.policy(c.remat),
                 prevent_cse=not c.scan_layers,
             )
         if c.scan_layers:
@@ -113,7 +112,7 @@ class Decoder(nn.Module):
                 use_bias=False,
                 dtype=c.dtype,
                 param_dtype=c.param_dtype,
-                dot_general=_float32_dot_general,
+                dot_general=lambda x, kernel, *_, **__: float32_product(x, kernel),
             )
 
     def __call__(
@@ -187,7 +186,7 @@ class Decoder(nn.Module):
         """Logits float32 [..., V] of hidden states [..., D]."""
         if self.config.tied_head:
             head = self.embed.embedding.astype(self.config.dtype).T
-            logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+            logits = float32_product(hidden, head)
         else:
             logits = self.lm_head(hidden)
         return capped(logits, self.config.logit_cap)

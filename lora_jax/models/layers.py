@@ -14,6 +14,7 @@ from lora_jax.models.attention import Attention, Carry, Context
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.mlp import MLP, MixtureOfExperts
 from lora_jax.models.parts import RMSNorm
+from lora_jax.models.remat import saved
 
 
 class Step(NamedTuple):
@@ -45,8 +46,11 @@ class Layer(nn.Module):
             )
         normed = RMSNorm(c, name="attn_norm")(x)
         y, cache = Attention(c, name="attn")(Carry(normed, cache), step.layer, context)
-        x = x + (RMSNorm(c, name="attn_post_norm")(y) if c.post_norms else y)
+        if c.post_norms:
+            y = RMSNorm(c, name="attn_post_norm")(saved(y, "update"))
+        x = saved(x + y, "stream")
         mlp = (MixtureOfExperts if c.num_experts else MLP)(c, name="mlp")
         y = mlp(RMSNorm(c, name="mlp_norm")(x))
-        x = x + (RMSNorm(c, name="mlp_post_norm")(y) if c.post_norms else y)
-        return Carry(x, cache), None
+        if c.post_norms:
+            y = RMSNorm(c, name="mlp_post_norm")(saved(y, "update"))
+        return Carry(x + y, cache), None

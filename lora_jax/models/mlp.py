@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.parts import dense
+from lora_jax.models.remat import saved
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -31,8 +32,9 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, T, D] to the same shape."""
         c = self.config
-        gate = _ACTIVATIONS[c.activation](dense(c, c.mlp_dim, "gate_proj")(x))  # [B, T, F]
-        return dense(c, c.dim, "down_proj")(gate * dense(c, c.mlp_dim, "up_proj")(x))
+        gate = saved(dense(c, c.mlp_dim, "gate_proj")(x), "gate")  # [B, T, F]
+        up = saved(dense(c, c.mlp_dim, "up_proj")(x), "up")  # [B, T, F]
+        return dense(c, c.dim, "down_proj")(_ACTIVATIONS[c.activation](gate) * up)
 
 
 class MixtureOfExperts(nn.Module):
@@ -57,6 +59,7 @@ class MixtureOfExperts(nn.Module):
         order = jnp.argsort(chosen.reshape(-1))  # [R * P]
         sizes = jnp.bincount(chosen.reshape(-1), length=c.num_experts)
         y = Experts(c, name="experts")(rows[order // passed], sizes)  # [R * P, D]
+        y = saved(y, "routed")
         y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(-1, passed, c.dim)
         y = jnp.einsum("rpd,rp->rd", y, weights.astype(c.dtype))
         return y.reshape(x.shape)
@@ -71,9 +74,10 @@ class Experts(nn.Module):
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """Maps rows x [R * P, D], sorted by expert, of which each has sizes int32 [E]."""
         c = self.config
-        gate = _ACTIVATIONS[c.activation](GroupedDense(c, c.mlp_dim, name="gate_proj")(x, sizes))
-        up = GroupedDense(c, c.mlp_dim, name="up_proj")(x, sizes)  # [R * P, F]
-        return GroupedDense(c, c.dim, name="down_proj")(gate * up, sizes)
+        gate = saved(GroupedDense(c, c.mlp_dim, name="gate_proj")(x, sizes), "gate")  # [R * P, F]
+        up = saved(GroupedDense(c, c.mlp_dim, name="up_proj")(x, sizes), "up")  # [R * P, F]
+        gated = _ACTIVATIONS[c.activation](gate) * up
+        return GroupedDense(c, c.dim, name="down_proj")(gated, sizes)
 
 
 class GroupedDense(nn.Module):

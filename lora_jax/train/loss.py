@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.core.adapt import adapt
+from lora_jax.core.products import hoisted, with_derivative
 from lora_jax.core.tree import combine
 
 if TYPE_CHECKING:
@@ -195,34 +197,76 @@ def token_losses(
     supervised = weights != 0
     # Neighbours stay in order, which keeps the look-up below nearly sequential.
     order = jnp.argsort(~supervised, axis=-1, stable=True)
-    one = functools.partial(_cross_entropy, unembed=unembed, label_smoothing=label_smoothing)
-
-    def of_first(size: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        """Losses of the first `size` positions of each row, in the order brought forward."""
-
-        def branch(hidden: jax.Array, targets: jax.Array, order: jax.Array) -> Any:
-            first = order[:, :size]
-            parts = (_chosen(hidden, first), _chosen(targets, first))
-            values = _in_chunks(one, parts, per_row)
-            return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, length - size))), values)
-
-        # Whatever the branch needs in the backward pass it makes again: `lax.cond` would have to
-        # return it from all branches, those that were not taken included.
-        return branch if chunk is None else jax.checkpoint(branch)
-
+    back = jnp.argsort(order, axis=-1)
     sizes = [length] if chunk is None else _halved(length)
     needed = supervised.sum(-1).max()
     index = sum(((needed <= size).astype(jnp.int32) for size in sizes[1:]), jnp.int32(0))
+    positions = (targets, supervised, order, back, index)
+    head = hoisted(unembed, hidden[:, :1])[1]
 
-    def chosen(hidden: jax.Array, targets: jax.Array, order: jax.Array) -> Any:
-        return lax.switch(index, [of_first(size) for size in sizes], hidden, targets, order)
+    def of_all(of_chunk: Callable[..., tuple], hidden: jax.Array, positions: tuple) -> tuple:
+        """What `of_chunk` gives for the supervised positions, in their own order; else zero."""
 
-    values = (chosen if chunk is None else jax.checkpoint(chosen))(hidden, targets, order)
-    back = jnp.argsort(order, axis=-1)
-    losses, correct = (
-        jnp.where(supervised, jnp.take_along_axis(x, back, axis=-1), 0) for x in values
-    )
-    return losses, correct
+        targets, supervised, order, back, index = positions
+
+        def of_first(size: int) -> Callable[..., tuple]:
+            """Of the first `size` positions of each row, in the order brought forward."""
+
+            def branch(hidden: jax.Array) -> tuple:
+                first = order[:, :size]
+                parts = (_chosen(hidden, first), _chosen(targets, first))
+                return tuple(
+                    jnp.pad(x, [(0, 0), (0, length - size), *[(0, 0)] * (x.ndim - 2)])
+                    for x in _in_chunks(of_chunk, parts, per_row)
+                )
+
+            # Whatever the branch needs in the backward pass it makes again: `lax.cond` would have
+            # to return it from all branches, those that were not taken included.
+            return branch if chunk is None else jax.checkpoint(branch)
+
+        values = lax.switch(index, [of_first(size) for size in sizes], hidden)
+        shown = lambda x: supervised.reshape(rows, length, *[1] * (x.ndim - 2))  # noqa: E731
+        return tuple(jnp.where(shown(x), _chosen(x, back), 0) for x in values)
+
+    def losses(hidden: jax.Array, positions: tuple, head: list) -> tuple:
+        def of_chunk(hidden: jax.Array, targets: jax.Array) -> tuple:
+            logits = hoisted(unembed, hidden)[0](head, hidden)
+            return _cross_entropy(logits, targets, label_smoothing)
+
+        return of_all(of_chunk, hidden, positions)
+
+    def rule(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+        """A token's loss depends on its own hidden state alone, so that its gradient by that can be
+        taken while the logits are there: they need not be kept, nor taken again."""
+        (hidden, positions, head), (hidden_dot, _, head_dot) = primals, tangents
+
+        def of_chunk(hidden: jax.Array, targets: jax.Array) -> tuple:
+            def losses(hidden: jax.Array) -> tuple:
+                logits = hoisted(unembed, hidden)[0](head, hidden)
+                return _cross_entropy(logits, targets, label_smoothing)
+
+            losses, pull, correct = jax.vjp(losses, hidden, has_aux=True)
+            return losses, correct, pull(jnp.ones_like(losses))[0]
+
+        values, correct, gradient = of_all(of_chunk, hidden, positions)
+        by_hidden = jnp.zeros_like(values)
+        if not isinstance(hidden_dot, SymbolicZero):
+            by_hidden = jnp.einsum(
+                "btd,btd->bt", gradient, hidden_dot, preferred_element_type=values.dtype
+            )
+        if not all(isinstance(x, SymbolicZero) for x in head_dot):
+            moved = [k for k, x in enumerate(head_dot) if not isinstance(x, SymbolicZero)]
+
+            def of_moved(values: list) -> jax.Array:
+                whole = dict(enumerate(head)) | dict(zip(moved, values, strict=True))
+                return plain(hidden, positions, [whole[k] for k in range(len(head))])[0]
+
+            values_dot = [head_dot[k] for k in moved]
+            by_hidden += jax.jvp(of_moved, ([head[k] for k in moved],), (values_dot,))[1]
+        return (values, correct), (by_hidden, jnp.zeros_like(correct))
+
+    plain = losses if chunk is None else jax.checkpoint(losses)
+    return with_derivative(plain, rule)(hidden, positions, head)
 
 
 def _halved(length: int) -> list[int]:
@@ -258,15 +302,16 @@ def _in_chunks(fn: Callable, parts: tuple[jax.Array, ...], per_row: int) -> Any:
         return None, fn(*parts)
 
     _, values = lax.scan(body, None, tuple(map(cut, parts)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length], values)
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length], values
+    )
 
 
 def _cross_entropy(
-    hidden: jax.Array, targets: jax.Array, *, unembed: Unembed, label_smoothing: float
+    logits: jax.Array, targets: jax.Array, label_smoothing: float
 ) -> tuple[jax.Array, jax.Array]:
     """Loss, and whether the target is the most probable token, of [...] positions."""
-    logits = unembed(hidden)  # [..., V]
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))  # [..., V]
     # A comparison instead of a look-up: its gradient fuses with the softmax's.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     of_target = jnp.where(is_target, logits, 0).sum(-1)

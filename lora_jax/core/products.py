@@ -1,0 +1,103 @@
+"""Functions with derivatives of their own, that the rewrite knows by their names.
+
+A custom derivative rule that an adapted weight enters is an error in general: who knows whether it
+is that of the function. Of these it is, only cheaper, so that `adapt` may look inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core import _jaxpr
+
+
+@jax.jit
+def float32_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Logits: `x @ w`, summed and returned in float32, whatever the operands are.
+
+    The same as `lax.dot_general(..., preferred_element_type=float32)`, but for its gradient. There
+    the cotangent of float32 would have the product with `w` taken in float32, too, which costs two
+    to four times as much on an accelerator; here it is rounded to the operands' dtype before, as
+    that of every other product is.
+
+    Args:
+      x: `[..., D]`.
+      w: `[D, V]`, in the dtype of x.
+
+    Returns:
+      `[..., V]` in float32, or in float64 for operands of that dtype.
+    """
+    return _wide(x, w)
+
+
+def _wide_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=wide)
+
+
+_wide = jax.custom_jvp(_wide_dot)
+
+
+@_wide.defjvp
+def _wide_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x, w), (x_dot, w_dot) = primals, tangents
+    y = _wide(x, w)
+
+    def narrow(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))).astype(y.dtype)
+
+    return y, narrow(x_dot, w) + narrow(x, w_dot)
+
+
+def with_derivative(primal: Callable, rule: Callable) -> Callable:
+    """`primal`, with a cheaper rule for the derivative that it has anyway.
+
+    Args:
+      primal: a function of arrays.
+      rule: as for `jax.custom_jvp.defjvp` with `symbolic_zeros=True`. Where an adapted or 4-bit
+        weight is among the arguments, it is not used: `primal` is differentiated instead.
+
+    Returns:
+      The function, to be called under a trace.
+    """
+    fn = jax.custom_jvp(primal)
+    fn.defjvp(rule, symbolic_zeros=True)
+
+    def derivative_is_as_expected(*args: Any) -> Any:
+        return fn(*args)
+
+    return jax.jit(derivative_is_as_expected)
+
+
+def primal_of(jaxpr: Any, name: str) -> Any:
+    """What `with_derivative` was made of: the jaxpr of the primal in that of the jit; or None."""
+    if name != "derivative_is_as_expected":
+        return None
+    (equation,) = jaxpr.eqns
+    return equation.params["call_jaxpr"]
+
+
+def hoisted(fn: Callable, *examples: Any) -> tuple[Callable, list]:
+    """A function without the arrays that it closes over, and those arrays.
+
+    Args:
+      fn: a function of arrays.
+      examples: arguments, of which only shapes and dtypes matter.
+
+    Returns:
+      A function of the list of arrays and of `fn`'s arguments, and the list: the same one, in the
+      same order, for other shapes of the arguments.
+    """
+    closed, result = jax.make_jaxpr(fn, return_shape=True)(*examples)
+    jaxpr, consts = _jaxpr.opened(closed)
+    treedef = jax.tree.structure(result)
+
+    def without(consts: list, *args: Any) -> Any:
+        return jax.tree.unflatten(treedef, _jaxpr.evaluated(jaxpr, consts, jax.tree.leaves(args)))
+
+    return without, list(consts)
