@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -51,6 +52,24 @@ class Tiling:
     warps: int = 4
     stages: int = 3
     lookup: str = "table"
+
+
+def decode_tiling(q: QuantizedArray, interpret: bool = False) -> Tiling:
+    """The tiling of `decode`."""
+    rows = max(1, min(GROUP, 4096 // q.block_size))
+    return Tiling(rows=rows, lookup="tree" if interpret else "table")
+
+
+def fold_tiling(q: QuantizedArray, interpret: bool = False) -> Tiling:
+    """The tiling of `decode_folded`."""
+    return Tiling(rows=64, lookup="tree" if interpret else "table")
+
+
+def matmul_tiling(m: int, q: QuantizedArray, interpret: bool = False) -> Tiling:
+    """The tiling of `matmul` for m rows of x."""
+    blocks = q.matrix_shape[1] // q.block_size
+    unroll = math.gcd(blocks, 4 if m <= 16 else 2)
+    return Tiling(rows=64, unroll=unroll, lookup="tree" if interpret else "bytes")
 
 
 # Levels.
@@ -248,20 +267,18 @@ def decode_folded(
     q: QuantizedArray,
     a: jax.Array,
     b: jax.Array,
-    scale: Any,
     dtype: Any,
     tiling: Tiling,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`decode(q) + scale * (b @ a)` in one pass over the codes; `[out, in]` in `dtype`."""
+    """`decode(q) + b @ a` in one pass over the codes, summed in float32; `[out, in]` in `dtype`."""
     (out, inn), g = q.matrix_shape, q.block_size
     h, rank = g // 2, max(16, pl.next_power_of_2(a.shape[0]))
     rows, blocks, count = tiling.rows, tiling.blocks, inn // g
     padded = pl.cdiv(out, rows) * rows
     # The tensor cores cut float32 off to ten bits of mantissa: rounding first halves the error and
     # takes its bias away.
-    b = scale * b.astype(jnp.float32)
     a, b = (lax.reduce_precision(x.astype(jnp.float32), 8, 10) for x in (a, b))
     a = jnp.pad(a, ((0, rank - a.shape[0]), (0, 0))).reshape(rank, inn // 2, 2)
     a = jnp.moveaxis(a, -1, 0)  # [2, r, in/2]: the columns of the high nibbles, and of the low
