@@ -1,5 +1,19 @@
-"""Decoding 4-bit weights. The XLA path is the default and the reference."""
+"""4-bit weights: decoding, and products with them.
 
-from lora_jax.kernels.xla import decode, decode_parameter, decode_rows, decode_scales
+`lora_jax.kernels.xla` is the reference and what runs by default; on NVIDIA GPUs the kernels of
+`lora_jax.kernels.gpu` take over where they can (see `lora_jax.kernels.dispatch`), and `use` forces
+either.
+"""
 
-__all__ = ["decode", "decode_parameter", "decode_rows", "decode_scales"]
+from lora_jax.kernels.dispatch import decode, decode_folded, decode_parameter, matmul, use
+from lora_jax.kernels.xla import decode_rows, decode_scales
+
+__all__ = [
+    "decode",
+    "decode_folded",
+    "decode_parameter",
+    "decode_rows",
+    "decode_scales",
+    "matmul",
+    "use",
+]

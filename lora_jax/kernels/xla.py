@@ -38,14 +38,19 @@ def _whole_blocks(q: QuantizedArray) -> jax.Array:
 
 @jax.jit
 def decode_parameter(q: QuantizedArray) -> jax.Array:
-    """The values of a quantized weight, in the axes of the parameter it stands for.
+    """The values of a quantized weight, in the axes of the parameter it stands for."""
+    return as_parameter(q, decode(q))
+
+
+def as_parameter(q: QuantizedArray, values: jax.Array) -> jax.Array:
+    """Decoded values `[b..., out, in]` in the axes of the parameter.
 
     XLA folds a transpose into the product that follows, and its CPU products of few rows then add
     up in another order. There the values are made to lie in memory as a dense argument's do, so
     that products with either are equal bit for bit. Other backends are left the choice, and the
     speed; so is a mesh, because sharding does not propagate through the constraint.
     """
-    w = from_matrix(decode(q), q.layout, q.axis_sizes)
+    w = from_matrix(values, q.layout, q.axis_sizes)
     if q.sharding_at_use is not None:
         return w
     return jax.lax.platform_dependent(w, cpu=_row_major, default=lambda w: w)
