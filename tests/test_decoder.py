@@ -299,7 +299,7 @@ def test_trees_without_such_layers_are_errors(function, tree, sentence):
     [
         ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
-        ({"remat": "everything"}, "remat='everything' is no policy; write None or one of nothing_"),
+        ({"remat": "everything"}, "remat='everything' is no policy; write None or one of layer, "),
     ],
 )
 def test_impossible_shapes_are_errors(changes, sentence):

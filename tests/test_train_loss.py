@@ -126,7 +126,7 @@ KINDS = {"tied, 4 bits": (True, True), "head, float32": (False, False)}
 @pytest.fixture
 def fewer_programs(monkeypatch):
     """Compiles for T and T/2 positions alone; the tests above have seen the others."""
-    monkeypatch.setattr(train.loss, "HALVINGS", 1)
+    monkeypatch.setattr(train.cross_entropy, "HALVINGS", 1)
 
 
 def make(tied_head: bool, quantized: bool) -> Any:

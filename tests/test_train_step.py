@@ -72,7 +72,7 @@ def test_parts_of_a_batch_are_the_whole(number):
 
 def test_parts_of_a_batch_of_text(monkeypatch):
     """Through the decoder, with weights that differ between rows, one of which has none."""
-    monkeypatch.setattr(train.loss, "HALVINGS", 1)
+    monkeypatch.setattr(train.cross_entropy, "HALVINGS", 1)
     base, adapters = adapted(tied_head=True, quantized=False)
     data, other = batch(rows=4, supervised=0.3), batch(rows=4, supervised=0.9, seed=1)
     data = jax.tree.map(lambda *xs: np.concatenate(xs), data, other)

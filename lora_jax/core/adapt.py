@@ -27,7 +27,7 @@ from lora_jax.core.view import View
 TRACES_KEPT = 64  # per adapted function, for eager calls
 
 
-def adapt(fn: Callable, *, strict: bool = True) -> Callable:
+def adapt(fn: Callable, *, strict: bool = True, fold: bool | None = None) -> Callable:
     """Makes a function of a tree work on a combined tree, at the cost of the factored products.
 
     Args:
@@ -39,6 +39,9 @@ def adapt(fn: Callable, *, strict: bool = True) -> Callable:
         a policy that saves whatever it does not know (`everything_saveable` and the like).
       strict: whether an adapted leaf that `fn` does not use, or uses in a way that would make it
         dense, is an error. `explain` shows which leaves those are.
+      fold: whether a product of many rows with a 4-bit weight adds the update while it decodes the
+        weight (core/folded.py). It saves a pass over the activations and costs a weight for each
+        adapter: with `vmap` over many adapters it had better be False. None: True on a GPU.
 
     Returns:
       A function of the same signature that takes a tree from `combine` (or a quantized base alone).
@@ -54,7 +57,8 @@ def adapt(fn: Callable, *, strict: bool = True) -> Callable:
 
     @functools.wraps(fn)
     def adapted(tree: Any, /, *args: Any, **kwargs: Any) -> Any:
-        return _call(fn, strict, traces, (tree, *args), kwargs)
+        folds = jax.default_backend() == "gpu" if fold is None else fold
+        return _call(fn, Rewrite(strict, folds), traces, (tree, *args), kwargs)
 
     return adapted
 
@@ -199,22 +203,22 @@ class _Trace:
 
     def run(self, rewrite: Rewrite, dynamic: list[Any]) -> Any:
         pairs = zip(dynamic, self.paths, strict=True)
-        values = [View.of(x, path) if _is_lazy(x) else x for x, path in pairs]
+        values = [View.of(x, path, rewrite.fold) if _is_lazy(x) else x for x, path in pairs]
         outputs = rewrite.run(self.jaxpr, self.consts, values, self.compiled)
         return self.rebuild([rewrite.returned(x) for x in outputs])
 
 
-def _call(fn: Callable, strict: bool, traces: Any, args: tuple, kwargs: dict) -> Any:
+def _call(fn: Callable, rewrite: Rewrite, traces: Any, args: tuple, kwargs: dict) -> Any:
     arguments = _Arguments.of(args, kwargs)
     _check_meshes(arguments)
     key = arguments.key()
     trace = traces.get(key) if key is not None else None
     if trace is not None:
         traces.move_to_end(key)
-        return trace.run(Rewrite(strict), arguments.dynamic)
-    trace, rewrite = _Trace.of(fn, arguments), Rewrite(strict)
+        return trace.run(rewrite, arguments.dynamic)
+    trace = _Trace.of(fn, arguments)
     result = trace.run(rewrite, arguments.dynamic)
-    if strict:
+    if rewrite.strict:
         _refuse_unused(arguments, trace, rewrite)
     if key is not None and not any(isinstance(x, jax.core.Tracer) for x in trace.consts):
         traces[key] = trace

@@ -134,7 +134,9 @@ def _product(
         return None
 
     def update(view: View, value: jax.Array) -> jax.Array:
-        first, second = _factors(view, labels, summed, dtype) or ()
+        factors = _factors(view, labels, summed, dtype)
+        assert factors is not None  # that depends on shapes alone
+        first, second = factors
         dropped = Labelled(_dropout(view, value.astype(dtype)), x.labels)
         needed = {*out, *second.labels}
         kept = [k for k in dict.fromkeys((*x.labels, *first.labels)) if k in needed]

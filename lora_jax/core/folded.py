@@ -16,11 +16,12 @@ from collections.abc import Callable
 
 import jax
 
-from lora_jax.core.leaves import QuantizedArray
+from lora_jax.core.leaves import Adapter, QuantizedArray
 from lora_jax.core.view import View
 
-# Fewer rows than this do not repay the 2·r operations a weight; measured in experiments/speed.
-LEAST_ROWS = 1024
+LEAST_ROWS = (
+    128  # fewer are bound by reading the codes, and a product of few rows is its own kernel
+)
 
 
 def folds(view: View, x: jax.Array, rows: int) -> bool:
@@ -31,7 +32,8 @@ def folds(view: View, x: jax.Array, rows: int) -> bool:
     rounded already.
     """
     return (
-        view.adapter is not None
+        view.fold
+        and view.adapter is not None
         and isinstance(view.base, QuantizedArray)
         and not view.batch_shape
         and view.scale is None
@@ -75,7 +77,7 @@ def product(
         y = in_one(view, x)
         by_x = jax.checkpoint(decoded)(view, x_dot)
 
-        def of_adapter(adapter: object) -> jax.Array:
+        def of_adapter(adapter: Adapter | None) -> jax.Array:
             return update(dataclasses.replace(view, adapter=adapter), x)
 
         _, by_adapter = jax.jvp(of_adapter, (view.adapter,), (view_dot.adapter,))

@@ -15,6 +15,9 @@ from jax import lax
 
 from lora_jax.core import _jaxpr
 
+FLOAT32_PRODUCT = "float32_product"  # what the jit of a function is called in a jaxpr
+DERIVATIVE_IS_AS_EXPECTED = "derivative_is_as_expected"
+
 
 @jax.jit
 def float32_product(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -76,7 +79,7 @@ def with_derivative(primal: Callable, rule: Callable) -> Callable:
 
 def primal_of(jaxpr: Any, name: str) -> Any:
     """What `with_derivative` was made of: the jaxpr of the primal in that of the jit; or None."""
-    if name != "derivative_is_as_expected":
+    if name != DERIVATIVE_IS_AS_EXPECTED:
         return None
     (equation,) = jaxpr.eqns
     return equation.params["call_jaxpr"]

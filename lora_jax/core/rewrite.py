@@ -62,8 +62,9 @@ class Report:
 class Rewrite:
     """Emits a jaxpr's equations again, with views among the values."""
 
-    def __init__(self, strict: bool):
+    def __init__(self, strict: bool, fold: bool = False):
         self.strict = strict
+        self.fold = fold
         self.uses: list[Use] = []
 
     def run(self, jaxpr: Any, consts: list, values: list, compiled: dict | None = None) -> list:
@@ -264,7 +265,7 @@ _PRODUCTS: dict[str, Callable] = {
 
 def _inline(rewrite: Rewrite, equation: Any, *values: Any) -> list:
     name = equation.params.get("name")
-    if name == products.float32_product.__name__:
+    if name == products.FLOAT32_PRODUCT:
         result = contract.float32_product(*values)
         if result is not None:
             return rewrite.used("dot_general", values, result)

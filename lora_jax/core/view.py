@@ -16,14 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.leaves import AdaptedArray, Adapter, QuantizedArray, parameter_axes, split_axes
-from lora_jax.kernels import decode_parameter
+from lora_jax.core.leaves import (
+    AdaptedArray,
+    Adapter,
+    QuantizedArray,
+    from_matrix,
+    parameter_axes,
+    split_axes,
+)
+from lora_jax.kernels import as_parameter, decode_folded, decode_parameter
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["base", "adapter", "scale", "dropout_key"],
-    meta_fields=["path", "layout", "outer", "inner", "ones", "order", "casts"],
+    meta_fields=["path", "layout", "outer", "inner", "ones", "order", "casts", "fold"],
 )
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -45,6 +52,7 @@ class View:
       layout: of the leaf.
       outer, inner, ones, order: see above.
       casts: the dtypes that the function cast the weight to, one after the other: each may round.
+      fold: whether products of many rows may add the update to the weight while it is decoded.
     """
 
     base: Any
@@ -58,9 +66,10 @@ class View:
     ones: int
     order: tuple[int, ...]
     casts: tuple[Any, ...] = ()
+    fold: bool = False
 
     @classmethod
-    def of(cls, leaf: AdaptedArray | QuantizedArray, path: str) -> View:
+    def of(cls, leaf: AdaptedArray | QuantizedArray, path: str, fold: bool = False) -> View:
         """The view that shows a leaf as the parameter it stands for."""
         if isinstance(leaf, AdaptedArray):
             base, adapter, scale, key = leaf.base, leaf.adapter, leaf.scale, leaf.dropout_key
@@ -70,7 +79,7 @@ class View:
         batch = len(base.shape) - len(layout.split())
         outer, inner = split_axes(layout, tuple(base.shape[batch:]))
         order = parameter_axes(layout, batch)
-        return cls(base, adapter, scale, key, path, layout, outer, inner, 0, order)
+        return cls(base, adapter, scale, key, path, layout, outer, inner, 0, order, fold=fold)
 
     @property
     def dtype(self) -> np.dtype:
@@ -119,38 +128,36 @@ class View:
 
     def dense_base(self) -> jax.Array:
         """The base's values as the function sees them, without the update."""
-        return self._cast(self._base_values())
+        quantized = isinstance(self.base, QuantizedArray)
+        return self._seen(decode_parameter(self.base) if quantized else self.base)
 
     def dense(self) -> jax.Array:
-        """The whole weight made dense, update included."""
-        if self.adapter is None:
+        """The whole weight made dense, update included; rounded once."""
+        adapter, base = self.adapter, self.base
+        if adapter is None:
             return self.dense_base()
-        wide = jnp.promote_types(self.base.dtype, jnp.float32)
-        if isinstance(self.base, QuantizedArray):
-            # Decoded wide, and rounded once, after the update has been added.
-            base = dataclasses.replace(self.base, dtype=np.dtype(wide))
-            values = dataclasses.replace(self, base=base)._base_values()
-        else:
-            values = self._base_values()
-        a, b = self.adapter.a.astype(wide), self.adapter.b.astype(wide)
-        update = jnp.matmul(b, a) * self.factor_scale(wide)[..., None, None]  # [b..., out, in]
-        update = _permuted(update.reshape(self.canonical_shape), self.order)
-        return self._cast((values.astype(wide) + update).astype(self.base.dtype))
-
-    def _base_values(self) -> jax.Array:
-        base, batch = self.base, len(self.batch_shape)
+        wide = jnp.promote_types(base.dtype, jnp.float32)
+        scale = self.factor_scale(wide)
         if isinstance(base, QuantizedArray):
-            base = decode_parameter(base)
+            values = decode_folded(base, adapter.a, adapter.b, scale)
+            return self._seen(as_parameter(base, values))
+        update = jnp.matmul(adapter.b.astype(wide), adapter.a.astype(wide)) * scale[..., None, None]
+        axis_sizes = tuple(base.shape[len(self.batch_shape) :])
+        update = from_matrix(update, self.layout, axis_sizes)
+        return self._seen((base.astype(wide) + update).astype(base.dtype))
+
+    def _seen(self, base: jax.Array) -> jax.Array:
+        """The parameter's values in the axes and the dtype that the function sees."""
+        batch = len(self.batch_shape)
         own_outer, own_inner = split_axes(self.layout, tuple(base.shape[batch:]))
         own_order = parameter_axes(self.layout, batch)
         if (own_outer, own_inner, 0) == (self.outer, self.inner, self.ones):
             # One permutation from the parameter to the view: usually none at all.
-            return _permuted(base, [own_order.index(k) for k in self.order])
-        canonical = _permuted(base, np.argsort(own_order))
-        return _permuted(canonical.reshape(self.canonical_shape), self.order)
-
-    def _cast(self, values: jax.Array) -> jax.Array:
-        return functools.reduce(lambda x, dtype: x.astype(dtype), self.casts, values)
+            seen = _permuted(base, [own_order.index(k) for k in self.order])
+        else:
+            canonical = _permuted(base, np.argsort(own_order))
+            seen = _permuted(canonical.reshape(self.canonical_shape), self.order)
+        return functools.reduce(lambda x, dtype: x.astype(dtype), self.casts, seen)
 
     def factor_scale(self, dtype: Any) -> jax.Array:
         """The factor on `b @ a`, `[b...]`."""

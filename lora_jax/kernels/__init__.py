@@ -6,9 +6,10 @@ either.
 """
 
 from lora_jax.kernels.dispatch import decode, decode_folded, decode_parameter, matmul, use
-from lora_jax.kernels.xla import decode_rows, decode_scales
+from lora_jax.kernels.xla import as_parameter, decode_rows, decode_scales
 
 __all__ = [
+    "as_parameter",
     "decode",
     "decode_folded",
     "decode_parameter",

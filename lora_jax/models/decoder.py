@@ -34,7 +34,6 @@ K key-value heads, H head width, L layers, E experts, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import operator
 import re
 from collections.abc import Mapping

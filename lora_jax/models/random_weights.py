@@ -50,8 +50,15 @@ def random_base(
     shapes = parameter_shapes(config)
     if kind is not None:
         layout = "b i o" if config.scan_layers else "i o"
-        options = {"block_size": block_size, "double_quant": double_quant, "layout": layout}
-        shapes = jax.eval_shape(lambda x: quantize(x, pattern, kind=kind, **options), shapes)
+        quantized = functools.partial(
+            quantize,
+            pattern=pattern,
+            kind=kind,
+            block_size=block_size,
+            double_quant=double_quant,
+            layout=layout,
+        )
+        shapes = jax.eval_shape(quantized, shapes)
 
     def make(path: str, leaf: Any) -> Any:
         if isinstance(leaf, QuantizedArray):

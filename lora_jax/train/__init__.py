@@ -12,16 +12,10 @@ What `fit` does in its loop is `make_step`, and any loop may:
 """
 
 from lora_jax.train.checkpoints import Checkpoints, Found, Store
+from lora_jax.train.cross_entropy import chunked_cross_entropy, token_losses
 from lora_jax.train.evaluation import Nll, evaluate_nll, label_likelihoods
 from lora_jax.train.fit import Fitted, fit
-from lora_jax.train.loss import (
-    LossFn,
-    Perturb,
-    chunked_cross_entropy,
-    neftune,
-    next_token_loss,
-    token_losses,
-)
+from lora_jax.train.loss import LossFn, Perturb, neftune, next_token_loss
 from lora_jax.train.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from lora_jax.train.step import Diverged, State, Transform, init_state, make_step, train_step
 

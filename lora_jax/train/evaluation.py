@@ -17,7 +17,8 @@ import numpy as np
 
 from lora_jax.core.adapt import adapt
 from lora_jax.core.tree import combine
-from lora_jax.train.loss import shifted, token_losses
+from lora_jax.train.cross_entropy import token_losses
+from lora_jax.train.loss import shifted
 
 if TYPE_CHECKING:
     from lora_jax.data import Batch
