@@ -37,11 +37,6 @@ def _whole_blocks(q: QuantizedArray) -> jax.Array:
 
 
 @jax.jit
-def decode_parameter(q: QuantizedArray) -> jax.Array:
-    """The values of a quantized weight, in the axes of the parameter it stands for."""
-    return as_parameter(q, decode(q))
-
-
 def as_parameter(q: QuantizedArray, values: jax.Array) -> jax.Array:
     """Decoded values `[b..., out, in]` in the axes of the parameter.
 
