@@ -19,7 +19,7 @@ from lora_jax.cli.failures import CliError, sentences
 from lora_jax.cli.found import look
 from lora_jax.cli.options import Base, LogOptions, ModelOptions, at_least
 from lora_jax.cli.parsing import read_object
-from lora_jax.cli.problem import LAYOUT, read_for, stored_as
+from lora_jax.cli.problem import read_for, rules_for, stored_as
 from lora_jax.cli.report import Reporter, mebibytes
 from lora_jax.cli.run_folder import RunFolder
 from lora_jax.core.codebooks import GGUF_KINDS
@@ -133,12 +133,11 @@ def model(path: Path, subject: Subject, reporter: Reporter) -> None:
     reporter.facts("model", facts.items())
     reporter.event("model", **facts)
     _stored(outline.headers, reporter)
-    rules = (
-        [] if subject.targets is None else [LoraRule(subject.targets, subject.rank, layout=LAYOUT)]
-    )
+    rule = None if subject.targets is None else LoraRule(subject.targets, subject.rank)
 
     def trees(params: Any) -> tuple[Any, Any]:
         base = stored_as(subject.base, params)
+        rules = [] if rule is None else rules_for(rule, base)
         return base, init_adapters(jax.random.key(0), base, rules, train=subject.whole)
 
     shapes = parameter_shapes(outline.config())

@@ -20,14 +20,14 @@ from lora_jax.cli.failures import CliError, sentences
 from lora_jax.cli.options import Base, DataOptions, ModelOptions
 from lora_jax.core.codebooks import GGUF_KINDS
 from lora_jax.core.leaves import QuantizedArray
+from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import named_leaves, quantize
 from lora_jax.data import templates
 from lora_jax.formats import Checkpoint, Quantization, read_model
 from lora_jax.formats.sources import SourceError, fetch
-from lora_jax.models.decoder import Decoder
+from lora_jax.models.decoder import Decoder, by_layout
 
 KERNELS = r"layers/.*_proj/kernel"  # what is stored in 4 bits; a router is not
-LAYOUT = "b i o"  # theirs: layers are scanned, and come first
 
 # What the published models are called where PEFT looks for them.
 HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -120,7 +120,21 @@ def stored_as(base: Base, params: Any) -> Any:
     """Parameters, or the shapes of them, in the base's kind, as `read_for` would read them."""
     if base in ("float32", "bfloat16", *GGUF_KINDS):
         return params
-    return quantize(params, KERNELS, kind=base, layout=LAYOUT, flat=True)
+    for layout, pattern in by_layout(KERNELS, params).items():
+        params = quantize(params, pattern, kind=base, layout=layout, flat=True)
+    return params
+
+
+def rules_for(rule: LoraRule, params: Any) -> list[LoraRule]:
+    """A rule without a layout, once for each layout among the decoder's leaves that it matches.
+
+    Raises:
+      ValueError: if it matches nothing, or a leaf that is no matrix.
+    """
+    return [
+        dataclasses.replace(rule, pattern=pattern, layout=layout)
+        for layout, pattern in by_layout(rule.pattern, params).items()
+    ]
 
 
 @contextlib.contextmanager
