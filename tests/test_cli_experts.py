@@ -97,3 +97,15 @@ def test_targets_that_are_no_matrices(files, capsys):
     said = capsys.readouterr().err
     assert "the pattern 'norm' matches" in said
     assert "which is no matrix" in said
+
+
+def test_what_peft_would_adapt(run, capsys):
+    """Five experts of rank 4, of which gates and ups add up."""
+    assert main(["inspect", str(run / "adapter"), "--log", "json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    ranks = {event["name"]: event["ranks"] for event in events if event["event"] == "module"}
+    attention = {name: [4] for name in ("k_proj", "o_proj", "q_proj", "v_proj")}
+    assert ranks == attention | {"experts": [5 * 4, 5 * 8], "gate": [4]}
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    parameters = ["experts.down_proj", "experts.gate_up_proj", "gate.weight"]
+    assert config["target_parameters"] == parameters

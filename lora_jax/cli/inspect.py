@@ -246,15 +246,22 @@ def peft_adapter(path: Path, reporter: Reporter) -> None:
 
 
 def _modules(headers: Sequence[Header], reporter: Reporter) -> None:
-    """Prints the modules that have an adapter, by the last part of their names."""
+    """Prints the modules that have an adapter, by the last part of their names.
+
+    Two parameters of one module have an adapter inside the other's. Of experts in one parameter, a
+    factor has the rows of all.
+    """
     ranks: dict[str, list[int]] = collections.defaultdict(list)
+    module = r"(?:.*\.)?((?!base_layer\.)\w+)(?:\.base_layer)*"
+    first = module + r"\.lora_(?:embedding_)?A(?:\.\w+)*"
     for header in headers:
-        if match := re.fullmatch(r"(?:.*\.)?(\w+)\.lora_(?:embedding_)?A(?:\.\w+)*", header.name):
+        if match := re.fullmatch(first, header.name):
             ranks[match[1]].append(header.shape[0])
     rows = []
     for name, found in sorted(ranks.items()):
         shown = ", ".join(map(str, sorted(set(found))))
-        rows.append((name, str(len(found)), shown))
+        together = " (of all experts together)" if name == "experts" else ""
+        rows.append((name, str(len(found)), shown + together))
         reporter.event("module", name=name, number=len(found), ranks=sorted(set(found)))
     if rows:
         reporter.say()
