@@ -24,10 +24,11 @@ from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import named_leaves, quantize
 from lora_jax.data import templates
 from lora_jax.formats import Checkpoint, Quantization, read_model
+from lora_jax.formats.checkpoint import Unread
 from lora_jax.formats.sources import SourceError, fetch
 from lora_jax.models.decoder import Decoder, by_layout
 
-KERNELS = r"layers/.*_proj/kernel"  # what is stored in 4 bits; a router is not
+KERNELS = r"layers(_\d+)?/.*_proj/kernel"  # what is stored in 4 bits; a router is not
 
 # What the published models are called where PEFT looks for them.
 HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -83,7 +84,12 @@ def load_model(options: ModelOptions) -> Model:
 
 
 def read_for(
-    base: Base, source: str, *, place: Callable[[str, Any], Any] | None = None
+    base: Base,
+    source: str,
+    *,
+    place: Callable[[str, Any], Any] | None = None,
+    scan_layers: bool = True,
+    lazy: bool = False,
 ) -> Checkpoint:
     """The model with its kernels as the base is to keep them: dense, in 4 bits, or still packed.
 
@@ -91,6 +97,8 @@ def read_for(
       base: how.
       source: what `read_model` reads.
       place: where each leaf is to be, as for `read_model`.
+      scan_layers: as for `read_model`.
+      lazy: as for `read_model`.
 
     Raises:
       SourceError, ValueError, OSError: as `read_model`; or if the file keeps none in that kind.
@@ -105,15 +113,23 @@ def read_for(
             quantize=None if dense else Quantization(KERNELS, base, flat=True),
             place=place,
             progress=progress,
+            scan_layers=scan_layers,
+            lazy=lazy,
         )
-    leaves = [leaf for _, leaf in named_leaves(checkpoint.params)]
-    kinds = sorted({leaf.kind for leaf in leaves if isinstance(leaf, QuantizedArray)})
+    kinds = _kinds(checkpoint.params) if packed else []
     if packed and base not in kinds:
         raise ValueError(
             f"--base is {base}, and the kernels of {checkpoint.name} are in {' and '.join(kinds)}; "
             f"write --base {kinds[0]}"
         )
     return checkpoint
+
+
+def _kinds(params: Any) -> list[str]:
+    """The kinds of what is in 4 bits; of a leaf that is unread, that of its first part."""
+    leaves = [leaf for _, leaf in named_leaves(params)]
+    leaves = [x[next(iter(x.parts))] if isinstance(x, Unread) else x for x in leaves]
+    return sorted({leaf.kind for leaf in leaves if isinstance(leaf, QuantizedArray)})
 
 
 def stored_as(base: Base, params: Any) -> Any:

@@ -63,7 +63,6 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "KVCache",
-    "by_layout",
     "init_cache",
     "parameter_shapes",
     "stack_layers",
