@@ -15,7 +15,9 @@ from tiny_model import write_model
 
 import lora_jax as lj
 from lora_jax.cli import convert, main
+from lora_jax.core.tree import map_leaves
 from lora_jax.formats import Checkpoint, Quantization, SpecialTokens, read_model, tensor_file
+from lora_jax.formats.bitsandbytes_folder import write_bitsandbytes
 from lora_jax.formats.checkpoint import Reading, Tensor, assemble
 from lora_jax.formats.hf import naming
 from lora_jax.formats.hf_write import write_hf
@@ -70,13 +72,18 @@ def files_of(folder):
         ("qwen3_moe", True, None),
         ("qwen3_moe", False, Quantization(KERNELS, block_size=32, flat=True)),
         ("gguf", True, None),
+        ("bitsandbytes", True, None),
     ],
-    ids=["folder", "folder, unrolled, in 4 bits", "file"],
+    ids=["folder", "folder, unrolled, in 4 bits", "file", "folder of 4 bits"],
 )
 def test_what_is_written_is_the_same(tmp_path, source, scan_layers, quantize):
     """Byte for byte, with adapters merged and without, of bfloat16 and of 4 bits."""
     if source == "gguf":
         path = write_model(tmp_path / "model.gguf", kind="Q4_1")
+    elif source == "bitsandbytes":
+        dense = write_folder(tmp_path / "dense")
+        checkpoint = read_model(dense, quantize=Quantization("down_proj/kernel", flat=True))
+        write_bitsandbytes(path := tmp_path / "model", checkpoint)
     else:
         path = write_family(tmp_path / "model", CASES[source] | {"num_hidden_layers": 2})
     options = {"scan_layers": scan_layers, "quantize": quantize, "dtype": jnp.bfloat16}
@@ -159,3 +166,10 @@ def test_a_model_takes_its_own_place(tmp_path):
     found = read_model(source).params["embed"]["embedding"]
     embedding = GOLDEN["weight/model.embed_tokens.weight"]
     np.testing.assert_array_equal(found, embedding.astype(jnp.bfloat16).astype(np.float32))
+
+
+def test_one_part_tells_the_shapes_of_all(tmp_path):
+    path = write_model(tmp_path / "model.gguf", kind="Q4_1")
+    there, here = (read_model(path, packed=True, lazy=lazy).params for lazy in (False, True))
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), there)
+    assert map_leaves(lambda _, leaf: leaf.abstract(), here) == expected

@@ -24,7 +24,7 @@ from lora_jax.cli.report import Reporter, mebibytes
 from lora_jax.cli.run_folder import RunFolder
 from lora_jax.core.codebooks import GGUF_KINDS
 from lora_jax.core.rules import LoraRule
-from lora_jax.core.tree import init_adapters
+from lora_jax.core.tree import init_adapters, map_leaves
 from lora_jax.data.records import read_records
 from lora_jax.formats.outline import Header, Outline, read_outline, safetensors_headers
 from lora_jax.models.decoder import parameter_shapes
@@ -141,9 +141,9 @@ def model(path: Path, subject: Subject, reporter: Reporter) -> None:
         return base, init_adapters(jax.random.key(0), base, rules, train=subject.whole)
 
     shapes = parameter_shapes(outline.config())
-    if subject.base in GGUF_KINDS:  # which kernels are in them is known once they are read
-        params = read_for(subject.base, subject.source).params
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    if subject.base in GGUF_KINDS:  # which kernels are in them is seen by reading one of a stack
+        params = read_for(subject.base, subject.source, lazy=True).params
+        shapes = map_leaves(lambda _, leaf: leaf.abstract(), params)
     reporter.plan(*jax.eval_shape(trees, shapes))  # shapes alone: nothing is computed
 
 
@@ -255,7 +255,8 @@ def _modules(headers: Sequence[Header], reporter: Reporter) -> None:
     module = r"(?:.*\.)?((?!base_layer\.)\w+)(?:\.base_layer)*"
     first = module + r"\.lora_(?:embedding_)?A(?:\.\w+)*"
     for header in headers:
-        if match := re.fullmatch(first, header.name):
+        match = re.fullmatch(first, header.name)
+        if match and header.shape:
             ranks[match[1]].append(header.shape[0])
     rows = []
     for name, found in sorted(ranks.items()):

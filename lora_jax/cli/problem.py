@@ -126,9 +126,9 @@ def read_for(
 
 
 def _kinds(params: Any) -> list[str]:
-    """The kinds of what is in 4 bits; of a leaf that is unread, that of its first part."""
+    """The kinds of what is in 4 bits."""
     leaves = [leaf for _, leaf in named_leaves(params)]
-    leaves = [x[next(iter(x.parts))] if isinstance(x, Unread) else x for x in leaves]
+    leaves = [leaf.abstract() if isinstance(leaf, Unread) else leaf for leaf in leaves]
     return sorted({leaf.kind for leaf in leaves if isinstance(leaf, QuantizedArray)})
 
 

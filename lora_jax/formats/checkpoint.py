@@ -203,6 +203,14 @@ class Unread:
         except OSError as error:
             raise ValueError(f"a tensor cannot be read any more: {error}") from error
 
+    def abstract(self) -> Any:
+        """The shapes of the leaf, by reading one part of it; the others are taken to be alike."""
+        leading = next(iter(self.parts))
+        sizes = self.shape[: len(leading)]
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*sizes, *np.shape(x)), x.dtype), self[leading]
+        )
+
 
 def assemble(
     config: DecoderConfig,
