@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 from family_cases import CASES, TOKENS, VOCAB
+from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax.kernels import grouped_dot
@@ -69,6 +70,17 @@ def test_other_axes_and_a_batch_of_batches():
         np.testing.assert_allclose(twice[run, other], y, atol=1e-5)
         if run == other:
             np.testing.assert_allclose(moved[:, run], y, atol=1e-5)
+
+
+def test_members_on_devices_of_their_own():
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((RUNS,), ("runs",), auto, devices=jax.devices()[:RUNS])
+    runs = P("runs")
+    product = jax.shard_map(jax.vmap(grouped_dot), mesh=mesh, in_specs=runs, out_specs=runs)
+    found = jax.jit(product)(X, W, SIZES)
+    for run in range(RUNS):
+        y, *_ = expected(X[run], W[run], SIZES[run], CT[run])
+        np.testing.assert_allclose(found[run], y, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["forward over reverse", "reverse over reverse"])

@@ -4,7 +4,8 @@
 batched, and differentiates it once. A frozen base is shared by the runs of a batch, and each run
 sends its tokens to other experts. So the product is a primitive of its own here, and its gradient
 another; both end as `lax.ragged_dot`. A batch of them is a loop: it copies nothing that its members
-share, costs what they cost one by one, and lets no value of one reach another.
+share, costs what they cost one by one, and lets no value of one reach another. On a mesh that
+divides the members every device would go through all of them: put `jax.shard_map` around the vmap.
 
 Shapes: T rows, E groups, `in` contracted, `out` produced.
 """
