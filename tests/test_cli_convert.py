@@ -106,7 +106,7 @@ def test_an_adapter_alone_is_merged_into_the_model_that_is_named(files, done, tm
 
 def test_a_run_becomes_an_adapter_of_peft(done, tmp_path, capsys, monkeypatch):
     # Of the model only the shapes are needed.
-    monkeypatch.setattr(convert, "load_model", None)
+    monkeypatch.setattr(convert, "read_for", None)
     monkeypatch.setattr(convert, "read_model", None)
     said, events = converted(capsys, done, tmp_path / "adapter", to="peft")
     assert f'PeftModel.from_pretrained(model, "{tmp_path / "adapter"}") loads it.' in said

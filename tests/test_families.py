@@ -12,7 +12,8 @@ import pytest
 from family_cases import CASES, GOLDEN_FILE, LENGTH, SHORT, TOKENS, VOCAB, WINDOW, write_family
 
 from lora_jax.formats.hf import read_hf
-from lora_jax.models.decoder import Decoder, init_cache
+from lora_jax.models.decoder import Decoder, by_layout, init_cache, parameter_shapes
+from lora_jax.models.families import from_hf
 
 GOLDEN = np.load(GOLDEN_FILE)
 CLOSE = {"atol": 5e-5, "rtol": 1e-5}  # float32 rounding, on logits of up to 8
@@ -115,3 +116,23 @@ def test_embeddings_are_scaled_in_the_dtype_of_activations(read):
     expected = (rows.astype(np.float64) * 5.65625).astype(ml_dtypes.bfloat16)
     embeddings = decoder.apply(variables, TOKENS, method="embeddings")
     np.testing.assert_array_equal(embeddings, expected)
+
+
+def test_layouts_of_what_a_pattern_matches():
+    shapes = parameter_shapes(from_hf(CASES["qwen3_moe"]))
+    assert by_layout("experts/", shapes) == {"b b i o": "experts/"}
+    assert by_layout("embed|lm_head", shapes) == {
+        "o i": "^(embed/embedding)$",
+        "i o": "^(lm_head/kernel)$",
+    }
+    found = by_layout("q_proj/kernel|down_proj", shapes)
+    assert found == {
+        "b i o": "^(layers/attn/q_proj/kernel)$",
+        "b b i o": "^(layers/mlp/experts/down_proj/kernel)$",
+    }
+    unrolled = dataclasses.replace(from_hf(CASES["qwen3_moe"]), scan_layers=False)
+    assert list(by_layout("layers_1/.*_proj", parameter_shapes(unrolled))) == ["i o", "b i o"]
+    with pytest.raises(ValueError, match="'k_norm' matches layers/attn/k_norm/scale, which is no"):
+        by_layout("k_norm", shapes)
+    with pytest.raises(ValueError, match="matches no leaf"):
+        by_layout("nothing", shapes)

@@ -107,4 +107,4 @@ def test_every_weight_has_its_adapter(case, layers, run, leaves):
     assert {report.status(path) for path in report.uses} == {"factored"}
     for path in report.uses:
         if re.search(EXPERTS, path):
-            assert [use.primitive for use in report.uses[path]] == ["ragged_dot_general"]
+            assert [use.primitive for use in report.uses[path]] == ["grouped_dot"]

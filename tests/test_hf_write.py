@@ -19,9 +19,8 @@ from safetensors import safe_open
 from tiny_model import CONFIG, EOS, TEMPLATE, write_model
 
 import lora_jax as lj
-from lora_jax.formats import checkpoint as checkpoint_module
+from lora_jax.formats import disassembly, hf, hf_write, read_model
 from lora_jax.formats import folder as folder_module
-from lora_jax.formats import hf, hf_write, read_model
 from lora_jax.formats.hf_write import to_hf, write_hf
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import from_hf
@@ -208,14 +207,14 @@ def test_adapters_are_merged(tmp_path, gguf_file, scan_layers, kind):
 def test_one_layer_of_one_weight_is_decoded_at_a_time(gguf_file, monkeypatch):
     checkpoint = read_model(gguf_file)
     base = lj.quantize(checkpoint.params, LAYERS, layout="b i o")
-    decoded, merged = [], checkpoint_module.merged
+    decoded, merged = [], disassembly._merged
     monkeypatch.setattr(
-        checkpoint_module,
-        "merged",
+        disassembly,
+        "_merged",
         lambda leaf, dtype: decoded.append(leaf.shape) or merged(leaf, dtype),
     )
     config, names = checkpoint.config, hf.naming(checkpoint.config)
-    tensors = checkpoint_module.disassemble(config, names, base, dtype=np.float32)
+    tensors = disassembly.disassemble(config, names, base, dtype=np.float32)
     assert not decoded
     [up] = [x for x in tensors if x.name == "model.layers.1.mlp.up_proj.weight"]
     assert up.read().shape == up.shape == (128, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -242,3 +243,85 @@ def test_the_size_of_a_7b_adapter(tmp_path):
     parameters = 32 * 4 * 16 * (4096 + 4096)
     size = (tmp_path / WEIGHTS).stat().st_size
     assert 2 * parameters < size <= 34e6
+
+
+def fused_tree():
+    """Two layers, three experts; D 4, F 5."""
+    sizes = {"gate_proj": (4, 5), "up_proj": (4, 5), "down_proj": (5, 4)}
+    experts = {
+        name: {"kernel": np.zeros((2, 3, *size), np.float32)} for name, size in sizes.items()
+    }
+    router = {"kernel": np.zeros((2, 4, 3), np.float32)}
+    attn = {"q_proj": {"kernel": np.zeros((2, 4, 4), np.float32)}}
+    return {"layers": {"mlp": {"experts": experts, "router": router}, "attn": attn}}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["ranks add up", "one A for both"])
+def test_experts_are_fused_as_their_class_has_them(tmp_path, shared):
+    """Rank 2 and scale 3 / 2 of gates, 1 and 5 of ups; the formula is that of the format."""
+    rules = [
+        lj.LoraRule("gate_proj", rank=2, alpha=3, layout="b b i o", dropout=0.1),
+        lj.LoraRule("up_proj", rank=2 if shared else 1, alpha=5, layout="b b i o", dropout=0.1),
+        lj.LoraRule("router|q_proj", rank=2, alpha=3, layout="b i o", dropout=0.1),
+    ]
+    adapters = random_adapters(fused_tree(), rules)
+    experts = adapters["layers"]["mlp"]["experts"]
+    if shared:
+        up = experts["up_proj"]["kernel"]
+        experts["up_proj"]["kernel"] = dataclasses.replace(up, a=experts["gate_proj"]["kernel"].a)
+    write_peft(tmp_path / "first", adapters, base_model="x")
+    written = tensors(tmp_path / "first")
+    described = json.loads((tmp_path / "first" / CONFIG).read_text())
+    assert described["target_modules"] == ["q_proj"]
+    assert described["target_parameters"] == ["experts.gate_up_proj", "gate.weight"]
+    assert described["lora_dropout"] == 0  # which peft has not for parameters
+    rank = 2 if shared else 3
+    assert described["rank_pattern"].get("experts.gate_up_proj", described["r"]) == rank
+    alpha = described["alpha_pattern"].get("experts.gate_up_proj", described["lora_alpha"])
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.experts"
+        a, b = (written[f"{name}.lora_{x}.weight"] for x in "AB")
+        assert (a.shape, b.shape) == ((3 * rank, 4), (10, 3 * rank))
+        for expert in range(3):
+            found = sum(
+                np.outer(b[:, k * 3 + expert], a[expert * rank + k]) * alpha / rank
+                for k in range(rank)
+            )
+            parts = (experts[part]["kernel"] for part in ("gate_proj", "up_proj"))
+            expected = [x.scale * x.b[layer, expert] @ x.a[layer, expert] for x in parts]
+            np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-5)
+    router = adapters["layers"]["mlp"]["router"]["kernel"]
+    np.testing.assert_array_equal(written["model.layers.1.mlp.gate.lora_B.weight"], router.b[1])
+
+    again = read_peft(tmp_path / "first", fused_tree())
+    write_peft(tmp_path / "second", again, base_model="x")
+    assert same_bytes(tmp_path / "first", tmp_path / "second")
+
+
+def test_experts_some_of_which_have_no_adapter(tmp_path):
+    """Of three experts two, of two layers one; a folder of modules becomes one of parameters."""
+    adapters = random_adapters(
+        fused_tree(), [lj.LoraRule("(up|gate)_proj", rank=2, layout="b b i o")]
+    )
+    for leaf in jax.tree.leaves(adapters):
+        leaf[0] = leaf[1, 2] = 0
+    options = {"base_model": "x", "fused_experts": False}
+    write_peft(tmp_path / "modules", adapters, **options)
+    assert len(tensors(tmp_path / "modules")) == 2 * 2 * 2
+    found = read_peft(tmp_path / "modules", fused_tree())
+    write_peft(tmp_path / "fused", found, base_model="x")
+    described = json.loads((tmp_path / "fused" / CONFIG).read_text())
+    assert described["target_parameters"] == ["model.layers.1.mlp.experts.gate_up_proj"]
+    assert described["target_modules"] == []
+    again = read_peft(tmp_path / "fused", fused_tree())
+    write_peft(tmp_path / "again", again, base_model="x")
+    assert same_bytes(tmp_path / "fused", tmp_path / "again")
+    merged = [lj.merge(fused_tree(), tree)["layers"]["mlp"]["experts"] for tree in (found, again)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *merged)
+
+
+def test_fused_experts_cannot_be_trained_whole(tmp_path):
+    tree = random_adapters(fused_tree(), [lj.LoraRule("q_proj", rank=2, layout="b i o")])
+    tree["layers"]["mlp"]["experts"]["up_proj"]["kernel"] = np.ones((2, 3, 4, 5), np.float32)
+    with pytest.raises(ValueError, match="up_proj/kernel is trained whole, and peft has no place"):
+        write_peft(tmp_path, tree, base_model="x")

@@ -1,7 +1,9 @@
-"""How much memory a model takes while it is read into 4 bits, against what it takes then.
+"""How much memory a model takes while it is read into 4 bits, or written in another form.
 
     python experiments/loading/memory.py
     python experiments/loading/memory.py --stored float16 --dtype float32
+    python experiments/loading/memory.py --convert
+    python experiments/loading/memory.py --convert --adapter --base nf4
 
 A Llama of a billion random parameters is written into a temporary folder, 2 GB in four files (4 GB
 of float32), and read by a process of its own. The peak is the largest resident size that the kernel
@@ -9,6 +11,10 @@ has seen (VmHWM, which is ru_maxrss; file pages count) less the size before anyt
 backend having started; the largest tensor is as it lies in the files. What must hold is
 
     peak <= size of the model read + 1.5 * largest tensor.
+
+`lora-jax convert` (`--convert`) writes the model into another folder, or merges an adapter of all
+kernels in the layers (`--adapter`), and keeps nothing: there the model read has size zero.
+Merging adds the adapter twice, as it is read and stacked, and four float32 copies of a kernel.
 """
 
 from __future__ import annotations
@@ -119,25 +125,85 @@ def read(folder: Path, dtype: str) -> None:
     )
 
 
+def write_adapter(folder: Path, model: Path) -> None:
+    """An adapter of rank 16 for every kernel in the layers, as PEFT has it."""
+    import jax
+
+    import lora_jax as lj
+    from lora_jax.formats.outline import read_outline
+    from lora_jax.formats.peft import write_peft
+    from lora_jax.models.decoder import parameter_shapes
+
+    rule = lj.LoraRule("layers/.*/kernel", 16, layout="b i o")
+    shapes = parameter_shapes(read_outline(model).config())
+    adapters = lj.init_adapters(jax.random.key(0), shapes, rule)
+    write_peft(folder, jax.tree.map(lambda x: x + 0.01, adapters), base_model=str(model))
+
+
+def convert(source: Path, base: str | None) -> None:
+    """Converts a model, or an adapter with its model, and prints what it took."""
+    import jax
+    import jax.numpy as jnp
+
+    from lora_jax.cli import main
+    from lora_jax.cli.convert import read_model  # noqa: F401 what main would import
+
+    jax.block_until_ready(jnp.zeros(()))  # the backend's own threads and buffers
+    before = status()
+    began = time.perf_counter()
+    options = ["--dtype", "bfloat16", "--shard-size", "0.5", "--log", "quiet"]
+    options += [] if base is None else ["--base", base]
+    if main(["convert", str(source), str(source.parent / "converted"), *options]):
+        sys.exit("lora-jax convert failed")
+    print(
+        json.dumps(
+            {
+                "seconds": round(time.perf_counter() - began, 1),
+                "final": 0,
+                "peak": status()["VmHWM"] - before["VmRSS"],
+                "after": status()["VmRSS"] - before["VmRSS"],
+                "file pages": status()["RssFile"] - before["RssFile"],
+            }
+        )
+    )
+
+
 def main() -> None:
     """Writes, reads in a process of its own, and reports."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--stored", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--read", type=Path, help="read this folder in this process, and no more")
+    parser.add_argument("--convert", action="store_true", help="write it into another folder")
+    parser.add_argument("--adapter", action="store_true", help="with an adapter merged into it")
+    parser.add_argument("--base", help="in which its kernels are stored before that")
     options = parser.parse_args()
+    if options.read is not None and options.convert:
+        convert(options.read, options.base)
+        return
     if options.read is not None:
         read(options.read, options.dtype)
         return
+    adapter = 0
     with tempfile.TemporaryDirectory() as name:
-        write_folder(Path(name), options.stored)
-        command = [sys.executable, __file__, "--read", name, "--dtype", options.dtype]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        folder = Path(name) / "model"
+        folder.mkdir()
+        write_folder(folder, options.stored)
+        on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if options.adapter:
+            write_adapter(Path(name) / "adapter", folder)
+            folder = Path(name) / "adapter"
+            adapter = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        command = [sys.executable, __file__, "--read", str(folder), "--dtype", options.dtype]
+        command += ["--convert"] if options.convert else []
+        command += ["--base", options.base] if options.base else []
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout)
-        on_disk = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
     item = 4 if options.stored == "float32" else 2
     largest = item * max(math.prod(shape) for shape in shapes().values())
     bound = found["final"] + 1.5 * largest
+    if options.adapter:
+        bound += 2 * adapter + 4 * (4 * CONFIG["hidden_size"] * CONFIG["intermediate_size"])
     print(f"{'on disk':16}{on_disk / MIB:10,.1f} MiB, {options.stored}")
     print(f"{'largest tensor':16}{largest / MIB:10,.1f} MiB")
     for name in ("final", "peak", "after", "file pages"):

@@ -17,7 +17,7 @@ from lora_jax.cli.failures import CliError, on_interrupt, sentences, writing
 from lora_jax.cli.found import KINDS, Found, look
 from lora_jax.cli.options import Base, LogOptions, ModelOptions, at_least
 from lora_jax.cli.parsing import from_run, read_object
-from lora_jax.cli.problem import HUB_NAMES, load_adapter, load_model
+from lora_jax.cli.problem import HUB_NAMES, load_adapter, read_for
 from lora_jax.cli.report import Reporter, Rounds, mebibytes
 from lora_jax.formats import read_model
 from lora_jax.formats.folder import require_replaceable
@@ -129,7 +129,7 @@ def run(config: Config) -> int:
         form.check(options.destination)
     with (
         on_interrupt(lambda: f"{options.destination} is as it was."),
-        sentences(SourceError, ValueError),
+        sentences(SourceError, ValueError, OSError),
     ):
         form.write(found, options, reporter)
     path = options.destination
@@ -206,24 +206,25 @@ def _named_model(found: Found) -> str | None:
 
 
 def _write_model(found: Found, options: Subject, reporter: Reporter) -> None:
-    """A whole model, with the adapter if there is one."""
+    """A whole model, with the adapter if there is one.
+
+    Every tensor goes from the source's files into the new ones before the next is read.
+    """
     described, adapters = _model_options(found, options), None
     dtype = np.dtype(options.dtype or _own_dtype(described.model))
     if found.kind in MODELS and options.base is None:
         reporter.say(f"It is written in {dtype}.")
-        checkpoint = read_model(found.path, dtype=dtype)
+        checkpoint = read_model(found.path, dtype=dtype, lazy=True)
     else:
         reporter.say(
             f"{described.model} is read, its kernels are stored in {described.base}, "
             f"{'the adapter is merged, ' * (found.kind in ADAPTERS)}and it is written in {dtype}."
         )
-        if _may_differ(found) and described.base in ("float32", "bfloat16"):
-            checkpoint = read_model(described.model, dtype=described.base, scan_layers=False)
-        else:
-            model = load_model(described)
-            checkpoint = dataclasses.replace(model.checkpoint, params=model.base)
+        scanned = not _may_differ(found)
+        checkpoint = read_for(described.base, described.model, scan_layers=scanned, lazy=True)
         if found.kind in ADAPTERS:
-            adapters = ADAPTERS[found.kind](found.path, checkpoint.params)
+            shapes = parameter_shapes(checkpoint.config)
+            adapters = ADAPTERS[found.kind](found.path, shapes)
     with _into(options.destination), _progress(reporter) as progress:
         write_hf(
             options.destination,

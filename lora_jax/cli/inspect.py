@@ -19,12 +19,12 @@ from lora_jax.cli.failures import CliError, sentences
 from lora_jax.cli.found import look
 from lora_jax.cli.options import Base, LogOptions, ModelOptions, at_least
 from lora_jax.cli.parsing import read_object
-from lora_jax.cli.problem import LAYOUT, read_for, stored_as
+from lora_jax.cli.problem import read_for, rules_for, stored_as
 from lora_jax.cli.report import Reporter, mebibytes
 from lora_jax.cli.run_folder import RunFolder
 from lora_jax.core.codebooks import GGUF_KINDS
 from lora_jax.core.rules import LoraRule
-from lora_jax.core.tree import init_adapters
+from lora_jax.core.tree import init_adapters, map_leaves
 from lora_jax.data.records import read_records
 from lora_jax.formats.outline import Header, Outline, read_outline, safetensors_headers
 from lora_jax.models.decoder import parameter_shapes
@@ -133,18 +133,17 @@ def model(path: Path, subject: Subject, reporter: Reporter) -> None:
     reporter.facts("model", facts.items())
     reporter.event("model", **facts)
     _stored(outline.headers, reporter)
-    rules = (
-        [] if subject.targets is None else [LoraRule(subject.targets, subject.rank, layout=LAYOUT)]
-    )
+    rule = None if subject.targets is None else LoraRule(subject.targets, subject.rank)
 
     def trees(params: Any) -> tuple[Any, Any]:
         base = stored_as(subject.base, params)
+        rules = [] if rule is None else rules_for(rule, base)
         return base, init_adapters(jax.random.key(0), base, rules, train=subject.whole)
 
     shapes = parameter_shapes(outline.config())
-    if subject.base in GGUF_KINDS:  # which kernels are in them is known once they are read
-        params = read_for(subject.base, subject.source).params
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    if subject.base in GGUF_KINDS:  # which kernels are in them is seen by reading one of a stack
+        params = read_for(subject.base, subject.source, lazy=True).params
+        shapes = map_leaves(lambda _, leaf: leaf.abstract(), params)
     reporter.plan(*jax.eval_shape(trees, shapes))  # shapes alone: nothing is computed
 
 
@@ -247,15 +246,23 @@ def peft_adapter(path: Path, reporter: Reporter) -> None:
 
 
 def _modules(headers: Sequence[Header], reporter: Reporter) -> None:
-    """Prints the modules that have an adapter, by the last part of their names."""
+    """Prints the modules that have an adapter, by the last part of their names.
+
+    Two parameters of one module have an adapter inside the other's. Of experts in one parameter, a
+    factor has the rows of all.
+    """
     ranks: dict[str, list[int]] = collections.defaultdict(list)
+    module = r"(?:.*\.)?((?!base_layer\.)\w+)(?:\.base_layer)*"
+    first = module + r"\.lora_(?:embedding_)?A(?:\.\w+)*"
     for header in headers:
-        if match := re.fullmatch(r"(?:.*\.)?(\w+)\.lora_(?:embedding_)?A(?:\.\w+)*", header.name):
+        match = re.fullmatch(first, header.name)
+        if match and header.shape:
             ranks[match[1]].append(header.shape[0])
     rows = []
     for name, found in sorted(ranks.items()):
         shown = ", ".join(map(str, sorted(set(found))))
-        rows.append((name, str(len(found)), shown))
+        together = " (of all experts together)" if name == "experts" else ""
+        rows.append((name, str(len(found)), shown + together))
         reporter.event("module", name=name, number=len(found), ranks=sorted(set(found)))
     if rows:
         reporter.say()

@@ -20,14 +20,15 @@ from lora_jax.cli.failures import CliError, sentences
 from lora_jax.cli.options import Base, DataOptions, ModelOptions
 from lora_jax.core.codebooks import GGUF_KINDS
 from lora_jax.core.leaves import QuantizedArray
+from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import named_leaves, quantize
 from lora_jax.data import templates
 from lora_jax.formats import Checkpoint, Quantization, read_model
+from lora_jax.formats.checkpoint import Unread
 from lora_jax.formats.sources import SourceError, fetch
-from lora_jax.models.decoder import Decoder
+from lora_jax.models.decoder import Decoder, by_layout
 
-KERNELS = r"layers/.*_proj/kernel"  # what is stored in 4 bits; a router is not
-LAYOUT = "b i o"  # theirs: layers are scanned, and come first
+KERNELS = r"layers(_\d+)?/.*_proj/kernel"  # what is stored in 4 bits; a router is not
 
 # What the published models are called where PEFT looks for them.
 HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -83,7 +84,12 @@ def load_model(options: ModelOptions) -> Model:
 
 
 def read_for(
-    base: Base, source: str, *, place: Callable[[str, Any], Any] | None = None
+    base: Base,
+    source: str,
+    *,
+    place: Callable[[str, Any], Any] | None = None,
+    scan_layers: bool = True,
+    lazy: bool = False,
 ) -> Checkpoint:
     """The model with its kernels as the base is to keep them: dense, in 4 bits, or still packed.
 
@@ -91,6 +97,8 @@ def read_for(
       base: how.
       source: what `read_model` reads.
       place: where each leaf is to be, as for `read_model`.
+      scan_layers: as for `read_model`.
+      lazy: as for `read_model`.
 
     Raises:
       SourceError, ValueError, OSError: as `read_model`; or if the file keeps none in that kind.
@@ -105,9 +113,10 @@ def read_for(
             quantize=None if dense else Quantization(KERNELS, base, flat=True),
             place=place,
             progress=progress,
+            scan_layers=scan_layers,
+            lazy=lazy,
         )
-    leaves = [leaf for _, leaf in named_leaves(checkpoint.params)]
-    kinds = sorted({leaf.kind for leaf in leaves if isinstance(leaf, QuantizedArray)})
+    kinds = _kinds(checkpoint.params) if packed else []
     if packed and base not in kinds:
         raise ValueError(
             f"--base is {base}, and the kernels of {checkpoint.name} are in {' and '.join(kinds)}; "
@@ -116,11 +125,32 @@ def read_for(
     return checkpoint
 
 
+def _kinds(params: Any) -> list[str]:
+    """The kinds of what is in 4 bits."""
+    leaves = [leaf for _, leaf in named_leaves(params)]
+    leaves = [leaf.abstract() if isinstance(leaf, Unread) else leaf for leaf in leaves]
+    return sorted({leaf.kind for leaf in leaves if isinstance(leaf, QuantizedArray)})
+
+
 def stored_as(base: Base, params: Any) -> Any:
     """Parameters, or the shapes of them, in the base's kind, as `read_for` would read them."""
     if base in ("float32", "bfloat16", *GGUF_KINDS):
         return params
-    return quantize(params, KERNELS, kind=base, layout=LAYOUT, flat=True)
+    for layout, pattern in by_layout(KERNELS, params).items():
+        params = quantize(params, pattern, kind=base, layout=layout, flat=True)
+    return params
+
+
+def rules_for(rule: LoraRule, params: Any) -> list[LoraRule]:
+    """A rule without a layout, once for each layout among the decoder's leaves that it matches.
+
+    Raises:
+      ValueError: if it matches nothing, or a leaf that is no matrix.
+    """
+    return [
+        dataclasses.replace(rule, pattern=pattern, layout=layout)
+        for layout, pattern in by_layout(rule.pattern, params).items()
+    ]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from lora_jax.cli.options import (
     RunOptions,
     TrainingOptions,
 )
-from lora_jax.cli.problem import LAYOUT
 from lora_jax.core.rules import LoraRule
 
 
@@ -40,10 +39,10 @@ class Config:
 
     @property
     def rule(self) -> LoraRule:
-        """What is adapted."""
+        """What is adapted; the layouts of that are the model's to say."""
         options = dataclasses.asdict(self.adapter)
         pattern, _ = options.pop("targets"), options.pop("whole")
-        return LoraRule(pattern, **options, layout=LAYOUT)
+        return LoraRule(pattern, **options)
 
     @property
     def optimizer(self) -> train.OptimizerConfig:

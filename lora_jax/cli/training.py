@@ -7,6 +7,7 @@ own would call. All that is added here is where things go.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,11 +15,12 @@ import jax
 from lora_jax import data, train
 from lora_jax.cli.failures import CliError, Stop, sentences, stoppable
 from lora_jax.cli.parsing import to_json
-from lora_jax.cli.problem import Model, Split, load_data, load_model
+from lora_jax.cli.problem import Model, Split, load_data, load_model, rules_for
 from lora_jax.cli.report import Reporter, Rounds, shown
 from lora_jax.cli.run_config import Config
 from lora_jax.cli.run_folder import RunFolder
 from lora_jax.cli.scoring import LabelScorer, Scorer, Scores, make_scorer
+from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import init_adapters
 
 # Options that say where things are, or how they are computed or kept, and not what is learned.
@@ -35,6 +37,7 @@ class Problem:
     Attributes:
       config: the options.
       model: the model.
+      rules: what is adapted.
       adapters: to start from.
       among: the tokens to choose from in training; None for all.
       training: what is learned from.
@@ -43,6 +46,7 @@ class Problem:
 
     config: Config
     model: Model
+    rules: Sequence[LoraRule]
     adapters: Any
     among: list[int] | None
     training: Split
@@ -61,7 +65,8 @@ class Problem:
         config = dataclasses.replace(config, data=found.options)
         with sentences(ValueError):
             key, whole = jax.random.key(config.training.seed), config.adapter.whole
-            adapters = init_adapters(key, model.base, [config.rule], train=whole)
+            rules = rules_for(config.rule, model.base)
+            adapters = init_adapters(key, model.base, rules, train=whole)
         splits = {"train": found.train, "validation": found.validation, "test": found.test}
         for name, split in splits.items():
             if split is not None:
@@ -83,7 +88,7 @@ class Problem:
             else:
                 reporter.say("Labels have several tokens, so they are learned as any text is.")
         validation, test = scorer(found.validation), scorer(found.test)
-        return cls(config, model, adapters, among, found.train, validation, test)
+        return cls(config, model, rules, adapters, among, found.train, validation, test)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with: the options that matter, model and data by content."""
@@ -196,11 +201,11 @@ def fit(problem: Problem, folder: RunFolder, reporter: Reporter) -> train.Fitted
         except train.Diverged as diverged:
             kept = "nothing was saved"
             if diverged.adapters is not None:
-                folder.save(diverged.adapters, [config.rule], model.hub_name)
+                folder.save(diverged.adapters, problem.rules, model.hub_name)
                 kept = f"the last good adapter is saved in {folder.path}"
             raise CliError(f"{diverged}; {kept}.", status=1) from None
         folder.complete(fitted.history)
-        folder.save(fitted.adapters, [config.rule], model.hub_name)
+        folder.save(fitted.adapters, problem.rules, model.hub_name)
         stop.check()
     return fitted
 

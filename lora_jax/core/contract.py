@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax import kernels
 from lora_jax.core import folded, products
 from lora_jax.core.leaves import QuantizedArray
 from lora_jax.core.view import View
-from lora_jax.kernels import decode_rows
 
 RANK, OTHER_RANK = 1000, 1001  # labels of rank axes; those of operands' axes count from zero
 
@@ -238,36 +238,41 @@ def _product_of_views(
 
 
 def ragged_dot_general(lhs: Any, rhs: Any, sizes: Any, params: dict[str, Any]) -> Any:
-    """`lax.ragged_dot` of rows `[T, in]`, grouped by expert, with a view `[E, in, out]`.
-
-    Returns:
-      The product `[T, out]`, or None for any other kind of ragged product.
-    """
+    """`lax.ragged_dot`, as `grouped_dot` below; None for any other kind of ragged product."""
     numbers = params["ragged_dot_dimension_numbers"]
     (x_contract, w_contract), batch = numbers.dot_dimension_numbers
-    if not isinstance(rhs, View) or isinstance(lhs, View) or isinstance(sizes, View):
-        return None
-    kinds = tuple(rhs.kinds[c] for c in rhs.order)
-    expected = kinds in (("b", "i", "o"), ("b", "o", "i")) and len(rhs.batch_shape) == 1
     plain = (tuple(x_contract), tuple(w_contract), batch) == ((1,), (1,), ((), ()))
     grouped = tuple(numbers.rhs_group_dimensions) == (0,)
     rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
-    if not (expected and plain and grouped and rows and params.get("group_offset") is None):
+    if not (plain and grouped and rows and params.get("group_offset") is None):
         return None
-    y = _base_product(rhs, lhs, lambda w, x: lax.ragged_dot_general(x, w, sizes, **params))
+    return grouped_dot(lhs, rhs, sizes, params)
+
+
+def grouped_dot(lhs: Any, rhs: Any, sizes: Any, params: dict[str, Any]) -> Any:
+    """Rows `[T, in]`, grouped by expert, times a view `[E, in, out]`.
+
+    Returns:
+      The product `[T, out]`, or None where the view is not that of one matrix for each expert.
+    """
+    if not isinstance(rhs, View) or isinstance(lhs, View) or isinstance(sizes, View):
+        return None
+    kinds = tuple(rhs.kinds[c] for c in rhs.order)
+    if kinds not in (("b", "i", "o"), ("b", "o", "i")):
+        return None
+    options = {name: params.get(name) for name in ("precision", "preferred_element_type")}
+    y = _base_product(rhs, lhs, lambda w, x: kernels.grouped_dot(x, w, sizes, **options))
     if rhs.adapter is None:
         return y
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     factors = _factors(rhs, [0, 1, 2], [1], dtype)
     assert factors is not None  # axis 1 is a matrix axis, as checked above
     first, second = factors
-    wide = jnp.promote_types(dtype, jnp.float32)
+    options["preferred_element_type"] = jnp.promote_types(dtype, jnp.float32)
 
     def grouped_product(x: jax.Array, factor: Labelled, summed: int) -> jax.Array:
         kernel = jnp.moveaxis(factor.value, factor.labels.index(summed), 1)  # [E, summed, produced]
-        return lax.ragged_dot(
-            *(x, kernel, sizes), precision=params.get("precision"), preferred_element_type=wide
-        )
+        return kernels.grouped_dot(x, kernel, sizes, **options)
 
     hidden = grouped_product(_dropout(rhs, lhs.astype(dtype)), first, 1).astype(dtype)  # [T, r]
     update = grouped_product(hidden, second, RANK)  # [T, out]
@@ -375,7 +380,7 @@ def _rows(view: View, axis: int, rows: jax.Array, fill: Any) -> jax.Array:
     outside = (rows < 0) | (rows >= size)
     rows = jnp.clip(rows, 0, size - 1)
     if isinstance(view.base, QuantizedArray) and kind == "o":
-        values = decode_rows(view.base, rows).reshape(*rows.shape, *view.inner)
+        values = kernels.decode_rows(view.base, rows).reshape(*rows.shape, *view.inner)
         values = functools.reduce(lambda x, dtype: x.astype(dtype), view.casts, values)
     else:
         plain = dataclasses.replace(view, order=tuple(range(len(view.order))))

@@ -249,6 +249,7 @@ def _slice_of_one(params: Params, view: View, *starts: Any) -> jax.Array | None:
 
 _PRODUCTS: dict[str, Callable] = {
     "dot_general": lambda params, lhs, rhs: contract.dot_general(lhs, rhs, params),
+    "grouped_dot": lambda params, lhs, rhs, sizes: contract.grouped_dot(lhs, rhs, sizes, params),
     "ragged_dot_general": lambda params, lhs, rhs, sizes: contract.ragged_dot_general(
         lhs, rhs, sizes, params
     ),

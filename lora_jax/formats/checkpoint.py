@@ -5,7 +5,8 @@ and every layer calls its own by the same names. A reader therefore says how its
 (`Naming`) and hands them over unread (`Tensor`); `assemble` compares the names and shapes with
 those that the decoder asks for, and then reads one tensor at a time. A kernel may arrive in 4 bits,
 because the file has it so or because it is stored so as it arrives; it stays as it is. The way back
-is `disassemble`: the tensors that a format asks for, each computed when it is read.
+is in `disassembly`: the tensors that a format asks for, each computed when it is read. Between the
+two nothing need be in memory: a leaf may stay in its files (`Unread`).
 
 Shapes: V vocabulary, D model width, L layers.
 """
@@ -28,10 +29,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.core.leaves import QuantizedArray
-from lora_jax.core.merge import merged
 from lora_jax.core.rules import path_string
-from lora_jax.core.tree import combine, named_leaves
-from lora_jax.formats.quantization import Quantization
+from lora_jax.formats.quantization import Quantization, Store
 from lora_jax.models.decoder import DecoderConfig, parameter_shapes
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class Checkpoint:
     Attributes:
       config: The decoder to run it with.
       params: Its parameters in the tree of `lora_jax.models.decoder`: NumPy arrays, and
-        `QuantizedArray`s of them.
+        `QuantizedArray`s of them; or `Unread` leaves.
       tokenizer: Text to token ids and back. What it adds by itself is left to its caller: write
         `encode(text, add_special_tokens=False)`, and `special.bos` in front.
       special: The tokens that begin and end a sequence.
@@ -162,12 +161,55 @@ class Reading:
         stands in the tree, such as the leaf on its devices.
       progress: Called after each tensor with the numbers of those read, and of all.
       strict: Whether tensors that have no place are an error. Missing ones always are.
+      lazy: Whether leaves stay in their files, as `Unread`; then nothing is placed or counted.
     """
 
     quantize: Quantization | None = None
     place: Callable[[str, Any], Any] | None = None
     progress: Callable[[int, int], None] | None = None
     strict: bool = True
+    lazy: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """A leaf that is still in its files: a part of it is read whenever somebody asks for it.
+
+    >>> kernel = leaf[3, 17]  # of layer 3 and its expert 17
+
+    Attributes:
+      shape: Of the leaf.
+      dtype: Of the parameters; a part in 4 bits may decode to another.
+      parts: What reads a part, by its index on the leading axes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: dict[tuple[int, ...], Callable[[], np.ndarray | QuantizedArray]]
+
+    def __getitem__(self, leading: tuple[int, ...]) -> np.ndarray | QuantizedArray:
+        """Reads a part; raises as `stored`."""
+        part = self.stored(leading)
+        return part.astype(self.dtype, copy=False) if isinstance(part, np.ndarray) else part
+
+    def stored(self, leading: tuple[int, ...]) -> np.ndarray | QuantizedArray:
+        """Reads a part, of whatever dtype the file has it.
+
+        Raises:
+          ValueError: If it is no longer there, or cannot be quantized.
+        """
+        try:
+            return self.parts[leading]()
+        except OSError as error:
+            raise ValueError(f"a tensor cannot be read any more: {error}") from error
+
+    def abstract(self) -> Any:
+        """The shapes of the leaf, by reading one part of it; the others are taken to be alike."""
+        leading = next(iter(self.parts))
+        sizes = self.shape[: len(leading)]
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*sizes, *np.shape(x)), x.dtype), self[leading]
+        )
 
 
 def assemble(
@@ -220,14 +262,14 @@ def assemble(
     leaves: dict[str, Any] = {}
     for number, tensor in enumerate(tensors, 1):
         place, (path, leading) = places[tensor.name], homes[tensor.name]
-        values = tensor.read()
-        if store is not None and not isinstance(values, QuantizedArray):
-            values = store(path, values)
-        values = _as_parameter(values, path)
+        shape = leaf_at(shapes, place.path).shape[len(place.leading) - len(leading) :]
+        if reading.lazy:
+            leaf = leaves.setdefault(path, Unread(shape, np.dtype(config.param_dtype), {}))
+            leaf.parts[leading] = functools.partial(_taken_in, tensor, path, store)
+            continue
+        values = _taken_in(tensor, path, store)
         if path not in leaves:
-            sizes = leaf_at(shapes, place.path).shape[: len(place.leading)]
-            sizes = sizes[len(sizes) - len(leading) :]
-            leaves[path] = _room_for(values, sizes, config.param_dtype)
+            leaves[path] = _room_for(values, shape[: len(leading)], config.param_dtype)
         _put(leaves[path], leading, values, path)
         del values  # or it would still be there while the next one is read
         lacking[path] -= 1
@@ -238,61 +280,12 @@ def assemble(
     return dataclasses.replace(config, scan_layers=scan_layers), _nested(leaves)
 
 
-def disassemble(
-    config: DecoderConfig, naming: Naming, params: Any, adapters: Any = None, *, dtype: DTypeLike
-) -> list[Tensor]:
-    """The tensors of a decoder by the names of a format; undoes `assemble`.
-
-    Nothing is computed before a tensor is read, and that one alone then: 4-bit weights are decoded
-    and adapters merged a layer at a time, so that no dense model stands beside the packed one.
-
-    Args:
-      config: The decoder, scanned or unrolled.
-      naming: What the tensors are to be called.
-      params: Its parameters, dense or quantized.
-      adapters: What is added to them, as by `lj.merge`; nothing, if None.
-      dtype: Of the tensors.
-
-    Returns:
-      Every tensor that the format has of this decoder, layer by layer.
-
-    Raises:
-      ValueError: If the parameters are not those of the config, or the adapters of another tree.
-    """
-    leaves = dict(named_leaves(combine(params, adapters)))
-    expected = {path: leaf.shape for path, leaf in named_leaves(parameter_shapes(config))}
-    _require(expected, {path: tuple(leaf.shape) for path, leaf in leaves.items()})
-    shapes = parameter_shapes(dataclasses.replace(config, scan_layers=True))
-    tensors = []
-    for name, place in naming.places(config, shapes).items():
-        path, leading = place.home(scan_layers=config.scan_layers)
-        read = functools.partial(_as_stored, leaves[path], leading, path, dtype)
-        tensors.append(Tensor(name, place.shape(shapes), read))
-    return tensors
-
-
-def _as_stored(leaf: Any, leading: tuple[int, ...], path: str, dtype: DTypeLike) -> np.ndarray:
-    """The share of a leaf at an index on its leading axes, dense; kernels as [out, in]."""
-    with np.errstate(over="ignore"):  # whoever writes infinite values looks for them
-        values = np.asarray(merged(jax.tree.map(operator.itemgetter(leading), leaf), dtype), dtype)
-    return values.T if path.endswith("/kernel") else values
-
-
-def _require(
-    expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Every parameter of the decoder in its shape, and no other."""
-    wrong = {
-        "missing": [path for path in expected if path not in shapes],
-        "without a place in it": [path for path in shapes if path not in expected],
-        "of another shape": [
-            f"{path} ({shape}, expected {expected[path]})"
-            for path, shape in shapes.items()
-            if shape != expected.get(path, shape)
-        ],
-    }
-    if found := [f"{_some(names)} {what}" for what, names in wrong.items() if names]:
-        raise ValueError(f"the parameters are not those of the config: {'; '.join(found)}")
+def _taken_in(tensor: Tensor, path: str, store: Store | None) -> np.ndarray | QuantizedArray:
+    """What is kept of a tensor, in the axes of the parameter."""
+    values = tensor.read()
+    if store is not None and not isinstance(values, QuantizedArray):
+        values = store(path, values)
+    return _as_parameter(values, path)
 
 
 def _as_parameter(values: np.ndarray | QuantizedArray, path: str) -> Any:
@@ -381,18 +374,18 @@ def _compared(
             if shape != expected.get(name, shape)
         ],
     }
-    if found := [f"{_some(names)} {what}" for what, names in wrong.items() if names]:
+    if found := [f"{some(names)} {what}" for what, names in wrong.items() if names]:
         raise ValueError(
             f"the tensors are not those of the model that the metadata describe: {'; '.join(found)}"
         )
     if homeless:
         warnings.warn(
-            f"{_some(homeless)} without a place in this decoder, and left out", stacklevel=2
+            f"{some(homeless)} without a place in this decoder, and left out", stacklevel=2
         )
     return [tensor for tensor in tensors if tensor.name in expected]
 
 
-def _some(names: Collection[str]) -> str:
+def some(names: Collection[str]) -> str:
     """Up to three names, and how many more there are."""
     listed = ", ".join(list(names)[:_LISTED])
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

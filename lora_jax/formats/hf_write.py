@@ -6,7 +6,7 @@
     tokenizer.json, ...                what `hf_text` lists
 
 A tensor is computed when its turn has come and written at once: memory holds the parameters as they
-are, perhaps in 4 bits, and one dense tensor.
+are, perhaps in 4 bits or not at all (`read_model(..., lazy=True)`), and one dense tensor.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax.formats.checkpoint import Checkpoint, Tensor, disassemble
+from lora_jax.formats.checkpoint import Checkpoint, Tensor
+from lora_jax.formats.disassembly import disassemble
 from lora_jax.formats.folder import require_replaceable, write_file, written_folder
 from lora_jax.formats.hf import naming
 from lora_jax.formats.hf_text import FILES, as_json, special_ids, text_files
@@ -31,6 +32,7 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.models.families import from_hf
 
 SHARD = 5_000_000_000  # bytes; what transformers takes as well
+_PART = 2**20  # values that are cast, checked and written at once
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # by safetensors' names
 # What such a folder consists of: an older one that has nothing else may be replaced.
 OWN = r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|" + "|".join(
@@ -222,15 +224,24 @@ def _write_file(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> Itera
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for tensor in tensors:
-            values = tensor.read()
-            assert isinstance(values, np.ndarray)
-            assert values.shape == tensor.shape
-            if not np.isfinite(values).all():
-                raise ValueError(
-                    f"{tensor.name} has values that are infinite or NaN as {dtype.name}; write "
-                    "another dtype, or repair the parameters"
-                )
-            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+            _write_values(file, tensor, dtype)
             yield
         file.flush()
         os.fsync(file.fileno())  # the rename must not reach the disk before the content
+
+
+def _write_values(file: BinaryIO, tensor: Tensor, dtype: np.dtype) -> None:
+    """Some rows at a time, so that beside the tensor there is little more in memory."""
+    values = tensor.read()
+    assert isinstance(values, np.ndarray)
+    assert values.shape == tensor.shape
+    rows = max(1, _PART * len(values) // values.size)
+    for start in range(0, len(values), rows):
+        with np.errstate(over="ignore"):  # what becomes infinite is found below
+            part = np.ascontiguousarray(values[start : start + rows], dtype)
+        if not np.isfinite(part).all():
+            raise ValueError(
+                f"{tensor.name} has values that are infinite or NaN as {dtype.name}; write "
+                "another dtype, or repair the parameters"
+            )
+        file.write(part.reshape(-1).view(np.uint8).data)

@@ -25,6 +25,7 @@ def read_model(
     place: Callable[[str, Any], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     strict: bool = True,
+    lazy: bool = False,
 ) -> Checkpoint:
     """Reads a GGUF file or a Hugging Face model folder, fetched first if need be.
 
@@ -39,6 +40,10 @@ def read_model(
     ...     return lj.shard({path: leaf}, mesh, here)[path]
     >>> checkpoint = read_model("hf:owner/name", quantize=Quantization(), place=place)
 
+    One that is only to be written elsewhere need not be in memory at all:
+
+    >>> write_hf("folder", read_model("model.gguf", lazy=True))
+
     Args:
       source: A path, or anything else that `sources.fetch` takes.
       dtype: Of the parameters, except those that the files have in 4 bits: these stay as they are,
@@ -52,6 +57,8 @@ def read_model(
       progress: Called after each tensor with the numbers of those read, and of all.
       strict: Whether tensors that the decoder has no place for are an error; if not, they are left
         out with a warning. Missing ones always are an error: nothing honest could stand for them.
+      lazy: Whether leaves stay in their files, to be read part by part when they are asked for; see
+        `checkpoint.Unread`.
 
     Returns:
       The checkpoint.
@@ -62,7 +69,7 @@ def read_model(
       ValueError: If it is neither, is broken, or holds a model that cannot be read faithfully; or
         if kernels are to stay packed and it has none, or what `quantize` names cannot be quantized.
     """
-    reading = Reading(quantize, place, progress, strict)
+    reading = Reading(quantize, place, progress, strict, lazy)
     path = Path(fetch(source))
     # Imported here, so that a folder is read where the package for GGUF is not installed.
     if path.is_dir():

@@ -44,6 +44,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.core.products import float32_product
+from lora_jax.core.rules import first_matches
+from lora_jax.core.tree import named_leaves
 from lora_jax.models import remat
 from lora_jax.models.attention import (
     Carry,
@@ -62,11 +64,14 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "KVCache",
+    "by_layout",
     "init_cache",
     "parameter_shapes",
     "stack_layers",
     "unstack_layers",
 ]
+
+_MATRICES = {"kernel": "i o", "embedding": "o i"}  # their layouts, whatever axes come before
 
 
 class Decoder(nn.Module):
@@ -292,6 +297,41 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
     """The tree of parameters, a `jax.ShapeDtypeStruct` for each; nothing is allocated."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+
+
+def by_layout(pattern: str, params: Any) -> dict[str, str]:
+    """What a pattern matches, by layout: layers' kernels have one layout, their experts' another.
+
+    Kernels are matrices [in, out], and whatever axes they have before counts layers and experts.
+    Rows of the embedding are what it produces, and stay together: "o i".
+
+    >>> patterns = by_layout("layers/.*_proj/kernel", params)
+    >>> rules = [LoraRule(pattern, layout=layout) for layout, pattern in patterns.items()]
+
+    Args:
+      pattern: A regular expression searched in the paths of the parameters.
+      params: A decoder's parameters, dense or quantized, or their shapes.
+
+    Returns:
+      For each layout a pattern of the leaves that have it: the given one, if it is the only layout.
+
+    Raises:
+      ValueError: If the pattern matches nothing, or a leaf that is no matrix.
+    """
+    axes = {path: len(leaf.shape) for path, leaf in named_leaves(params)}
+    found: dict[str, list[str]] = {}
+    for path in first_matches([pattern], list(axes)):
+        name = path.rpartition("/")[2]
+        if name not in _MATRICES:
+            raise ValueError(
+                f"the pattern {pattern!r} matches {path}, which is no matrix and can be neither "
+                "adapted nor quantized; write one that matches kernels alone, and train norms and "
+                "biases whole"
+            )
+        found.setdefault("b " * (axes[path] - 2) + _MATRICES[name], []).append(path)
+    if len(found) == 1:
+        return dict.fromkeys(found, pattern)
+    return {layout: f"^({'|'.join(paths)})$" for layout, paths in found.items()}
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

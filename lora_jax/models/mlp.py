@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lora_jax.kernels import grouped_dot
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.parts import dense
 from lora_jax.models.remat import saved
@@ -93,4 +94,4 @@ class GroupedDense(nn.Module):
         shape = (c.num_experts, x.shape[-1], self.features)
         start = nn.initializers.lecun_normal(batch_axis=0)
         kernel = self.param("kernel", start, shape, c.param_dtype)
-        return jax.lax.ragged_dot(x, kernel.astype(c.dtype), sizes)
+        return grouped_dot(x, kernel.astype(c.dtype), sizes)

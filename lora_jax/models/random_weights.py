@@ -17,9 +17,9 @@ from lora_jax.core.leaves import QuantizedArray
 from lora_jax.core.rules import fold_path
 from lora_jax.core.tree import map_leaves, quantize
 from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder import parameter_shapes
+from lora_jax.models.decoder import by_layout, parameter_shapes
 
-KERNELS = r"layers(_\d+)?/.*/kernel"
+KERNELS = r"layers(_\d+)?/.*_proj/kernel"
 SPREAD = 0.02  # standard deviation of the weights
 
 
@@ -49,16 +49,16 @@ def random_base(
     """
     shapes = parameter_shapes(config)
     if kind is not None:
-        layout = "b i o" if config.scan_layers else "i o"
-        quantized = functools.partial(
-            quantize,
-            pattern=pattern,
-            kind=kind,
-            block_size=block_size,
-            double_quant=double_quant,
-            layout=layout,
-        )
-        shapes = jax.eval_shape(quantized, shapes)
+        for layout, matched in by_layout(pattern, shapes).items():
+            quantized = functools.partial(
+                quantize,
+                pattern=matched,
+                kind=kind,
+                block_size=block_size,
+                double_quant=double_quant,
+                layout=layout,
+            )
+            shapes = jax.eval_shape(quantized, shapes)
 
     def make(path: str, leaf: Any) -> Any:
         if isinstance(leaf, QuantizedArray):

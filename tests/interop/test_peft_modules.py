@@ -257,43 +257,150 @@ def test_adapters_of_fused_experts(tmp_path):
         np.testing.assert_allclose(np.concatenate(ours[:2], 1), expected[1], atol=1e-5)
 
     write_peft(tmp_path / "ours", adapters, base_model="x")
-    loaded = PeftModel.from_pretrained(mixture(), tmp_path / "ours").eval()
-    tokens = torch.arange(12)[None]
+    theirs, ours = (
+        safetensors.numpy.load_file(tmp_path / folder / "adapter_model.safetensors")
+        for folder in ("theirs", "ours")
+    )
+    assert theirs.keys() == ours.keys()
+    assert all(np.array_equal(ours[key], values) for key, values in theirs.items())
+    for fused in (True, False):
+        write_peft(tmp_path / str(fused), adapters, base_model="x", fused_experts=fused)
+        loaded = PeftModel.from_pretrained(mixture(), tmp_path / str(fused)).eval()
+        with torch.no_grad():
+            assert (loaded(TEXT).logits - model(TEXT).logits).abs().max() <= 1e-4
+
+
+TEXT = torch.arange(12)[None]
+SIZES = {  # in and out
+    "mlp/experts/gate_proj": (16, 12),
+    "mlp/experts/up_proj": (16, 12),
+    "mlp/experts/down_proj": (12, 16),
+    "mlp/router": (16, 4),
+    "attn/q_proj": (16, 16),
+}
+
+
+def mixture_adapters(scan_layers=True, **ranks_and_scales):
+    """Of the kernels that are named, each of a rank, a scale, and some layers; None elsewhere."""
+    rng, tree = np.random.default_rng(0), {}
+    for path, (inn, out) in SIZES.items():
+        *parents, name = path.split("/")
+        group = tree
+        for parent in parents:
+            group = group.setdefault(parent, {})
+        group[name] = {"kernel": None}
+        if name in ranks_and_scales:
+            rank, scale, layers = ranks_and_scales[name]
+            batch = (LAYERS, 4) if "experts" in path else (LAYERS,)
+            a, b = (rng.normal(size=x) for x in ((*batch, rank, inn), (*batch, out, rank)))
+            for x in (a, b):
+                x[[k for k in range(LAYERS) if k not in layers]] = 0
+            factors = (x.astype(np.float32) for x in (a, b))
+            group[name]["kernel"] = lj.Adapter(*factors, scale, 0.1)
+    if scan_layers:
+        return {"layers": tree}
+
+    def one(leaf, k):
+        if leaf is None or not leaf.a[k].any():
+            return None
+        return jax.tree.map(lambda x: x[k], leaf)
+
+    is_leaf = lambda x: x is None or isinstance(x, lj.Adapter)  # noqa: E731
+    return {
+        f"layers_{k}": jax.tree.map(lambda x, k=k: one(x, k), tree, is_leaf=is_leaf)
+        for k in range(LAYERS)
+    }
+
+
+def mixture_base():
+    """Zeros of the same tree."""
+    adapters = mixture_adapters(**{path.split("/")[-1]: (1, 1.0, BOTH) for path in SIZES})
+    return jax.tree.map(
+        lambda x: np.zeros((*x.batch_shape, x.a.shape[-1], x.b.shape[-2]), np.float32),
+        adapters,
+        is_leaf=lambda x: isinstance(x, lj.Adapter),
+    )
+
+
+def add_to(model, adapters):
+    """W + scale · B A in torch, written out."""
+
+    def update(group, name, layer):
+        leaf = group[name]["kernel"]
+        shape = {"router": (4, 16), "q_proj": (16, 16), "down_proj": (4, 16, 12)}
+        if leaf is None:
+            return torch.zeros(shape.get(name, (4, 12, 16)))
+        return torch.from_numpy(leaf.scale * leaf.b[layer] @ leaf.a[layer])
+
+    mlp, attn = adapters["layers"]["mlp"], adapters["layers"]["attn"]
     with torch.no_grad():
-        assert (loaded(tokens).logits - model(tokens).logits).abs().max() <= 1e-4
+        for k, layer in enumerate(model.model.layers):
+            gate, up, down = (
+                update(mlp["experts"], name, k) for name in ("gate_proj", "up_proj", "down_proj")
+            )
+            layer.mlp.experts.gate_up_proj += torch.cat([gate, up], 1)
+            layer.mlp.experts.down_proj += down
+            layer.mlp.gate.weight += update(mlp, "router", k)
+            layer.self_attn.q_proj.weight += update(attn, "q_proj", k)
+    return model
+
+
+BOTH = (0, 1)
+EXPERTS_ADAPTED = {
+    "all alike": {
+        "gate_proj": (3, 0.5, BOTH),
+        "up_proj": (3, 0.5, BOTH),
+        "down_proj": (3, 0.5, BOTH),
+        "q_proj": (3, 0.5, BOTH),
+    },
+    "each of its own rank and scale": {
+        "gate_proj": (2, 0.5, BOTH),
+        "up_proj": (3, -2.0, BOTH),
+        "down_proj": (1, 0.25, BOTH),
+        "router": (2, 1.0, BOTH),
+        "q_proj": (4, 0.75, BOTH),
+    },
+    "ups alone": {"up_proj": (2, 0.5, BOTH)},
+    "not in every layer": {
+        "gate_proj": (2, 0.5, (1,)),
+        "up_proj": (2, 0.5, (1,)),
+        "down_proj": (2, 0.5, (0,)),
+        "router": (2, 0.5, (0,)),
+        "q_proj": (2, 0.5, BOTH),
+    },
+}
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # peft's own
-def test_experts_that_transformers_has_fused(tmp_path):
-    """It has one parameter for all gates and ups of a layer; peft fuses their adapters, too."""
-    rng = np.random.default_rng(0)
-
-    def adapter(*batch, inn, out):
-        sizes = (*batch, 3, inn), (*batch, out, 3)
-        return lj.Adapter(*(rng.normal(size=size).astype(np.float32) for size in sizes), 0.5)
-
-    experts = {
-        "gate_proj": adapter(LAYERS, 4, inn=16, out=12),
-        "up_proj": adapter(LAYERS, 4, inn=16, out=12),
-        "down_proj": adapter(LAYERS, 4, inn=12, out=16),
-    }
-    q = adapter(LAYERS, inn=16, out=16)
-    layers = {
-        "mlp": {"experts": {name: {"kernel": leaf} for name, leaf in experts.items()}},
-        "attn": {"q_proj": {"kernel": q}},
-    }
-    write_peft(tmp_path, {"layers": layers}, base_model="x")
-    tokens = torch.arange(12)[None]
-    model, loaded = mixture(), PeftModel.from_pretrained(mixture(), tmp_path).eval()
-    updates = {name: torch.from_numpy(x.scale * x.b @ x.a) for name, x in experts.items()}
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("case", EXPERTS_ADAPTED)
+def test_experts_that_transformers_has_fused(tmp_path, case, scan_layers):
+    """One parameter for all gates and ups of a layer, one for its downs, one for its router."""
+    adapters = mixture_adapters(**EXPERTS_ADAPTED[case])
+    written = adapters
+    if not scan_layers:
+        written = mixture_adapters(scan_layers=False, **EXPERTS_ADAPTED[case])
+    write_peft(tmp_path / "ours", written, base_model="x")
+    loaded = PeftModel.from_pretrained(mixture(), tmp_path / "ours").eval()
     with torch.no_grad():
-        plain = model(tokens).logits
-        for k, layer in enumerate(model.model.layers):
-            fused = torch.cat([updates["gate_proj"][k], updates["up_proj"][k]], 1)
-            layer.mlp.experts.gate_up_proj += fused
-            layer.mlp.experts.down_proj += updates["down_proj"][k]
-            layer.self_attn.q_proj.weight += torch.from_numpy(q.scale * q.b[k] @ q.a[k])
-        expected = model(tokens).logits
-        found = loaded(tokens).logits
+        expected = add_to(mixture(), adapters)(TEXT).logits
+        found, plain = loaded(TEXT).logits, mixture()(TEXT).logits
     assert (expected - plain).abs().max() > 0.1
     assert (found - expected).abs().max() <= 1e-4
+    again = read_peft(tmp_path / "ours", mixture_base())
+    write_peft(tmp_path / "again", again, base_model="x")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        first, second = (tmp_path / folder / name for folder in ("ours", "again"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # peft's own
+def test_experts_as_modules_are_fused_by_peft(tmp_path):
+    adapters = mixture_adapters(**EXPERTS_ADAPTED["all alike"])
+    no_dropout = lambda x: dataclasses.replace(x, dropout=0.0) if x else None  # noqa: E731
+    adapters = jax.tree.map(no_dropout, adapters, is_leaf=lambda x: isinstance(x, lj.Adapter))
+    write_peft(tmp_path, adapters, base_model="x", fused_experts=False)
+    loaded = PeftModel.from_pretrained(mixture(), tmp_path).eval()
+    with torch.no_grad():
+        expected = add_to(mixture(), adapters)(TEXT).logits
+        assert (loaded(TEXT).logits - expected).abs().max() <= 1e-4

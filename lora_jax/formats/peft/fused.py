@@ -9,8 +9,13 @@ other (`base_layer`) where both have one:
     mlp.experts.lora_B.weight             [D, r * E]
 
 Rows of A are an expert's together; of B's columns, neighbours are of different experts. Here gate
-and up are two leaves: both get A, and each its half of B. What is written again is an adapter for
-each of them, which peft fuses when it loads it.
+and up are two leaves. When such a folder is read both get A, and each its half of B. When one is
+written they share A if theirs is the same; else their ranks add up:
+
+    A = | A of gate |     B = | B of gate     0     |
+        |  A of up  |         |     0       B of up |
+
+A router is a parameter by itself there, too, and no linear module: `mlp.gate.weight`.
 
 Shapes: E experts, r rank, D width, F width of an expert.
 """
@@ -20,13 +25,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from lora_jax.formats.peft.config import PeftConfig
+from lora_jax.formats.peft.naming import is_embedding
 from lora_jax.formats.peft.places import Place
 
+_EXPERT = re.compile(r"(.*\.experts)\.(?:\d+|\{\})\.(\w+)")  # the module of one, or of all
 _KINDS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -75,7 +83,7 @@ class Fused:
 
 
 def find_fused(config: PeftConfig, places: list[Place]) -> list[Fused]:
-    """The parameters that a config targets, of the experts that a base has.
+    """The parameters that a config targets, of the experts that a base has, or matrices of it.
 
     Raises:
       ValueError: if it targets any other parameter.
@@ -83,22 +91,25 @@ def find_fused(config: PeftConfig, places: list[Place]) -> list[Fused]:
     experts: dict[str, dict[str, list[Place]]] = collections.defaultdict(
         lambda: collections.defaultdict(list)
     )
-    for place in places:
-        if found := re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)", place.module):
-            experts[found[1]][found[2]].append(place)  # in the order of their numbers
     fused = []
+    for place in places:
+        if found := _EXPERT.fullmatch(place.module):
+            experts[found[1]][found[2]].append(place)  # in the order of their numbers
+        elif config.is_parameter(place.parameter) and _is_linear(place):
+            rank = config.rank(place.parameter)
+            fused.append(Fused(place.parameter, place.module, [[place]], rank))
     for module, kinds in experts.items():
         names = [
             name
             for name, parts in _KINDS.items()
             if all(kinds.get(part) for part in parts) and config.is_parameter(f"{module}.{name}")
         ]
-        for depth, name in enumerate(reversed(names)):
+        for name, wrapper in wrappers(module, names).items():
             joined = zip(*(kinds[part] for part in _KINDS[name]), strict=True)
             fused.append(
                 Fused(
                     f"{module}.{name}",
-                    f"{module}{'.base_layer' * depth}",
+                    wrapper,
                     [list(parts) for parts in joined],
                     config.rank(f"{module}.{name}"),
                 )
@@ -110,10 +121,16 @@ def find_fused(config: PeftConfig, places: list[Place]) -> list[Fused]:
     ]
     if unknown:
         raise ValueError(
-            f"the config adapts the parameters {', '.join(unknown)}, and the base has no experts "
-            "of that name; only gate_up_proj and down_proj of experts can be read"
+            f"the config adapts the parameters {', '.join(unknown)}, and the base has none of that "
+            "name; gate_up_proj and down_proj of experts can be read, and weights that are matrices"
         )
     return fused
+
+
+def _is_linear(place: Place) -> bool:
+    """Whether torch has it as [out, in]."""
+    plain = place.layout == "i o" if place.is_turned else place.layout == "o i"
+    return plain and not is_embedding(place.path)
 
 
 def fused_shapes(fused: list[Fused]) -> dict[str, tuple[int, ...]]:
@@ -128,9 +145,92 @@ def fused_shapes(fused: list[Fused]) -> dict[str, tuple[int, ...]]:
 def fused_shares(
     fused: list[Fused], found: set[str], read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[Place, str, np.ndarray, np.ndarray]]:
-    """Of every module in them: its place, the parameter that says its scale, A and B."""
+    """Of every module in them: its place, the parameter that says its scale, A and B.
+
+    An expert with nothing but zeros has none, where others have some: a parameter is of all of
+    them, and so a file has factors for those, too, that were left out.
+    """
     for parameter in fused:
         if found.issuperset(parameter.factors):
             a, b = map(read, parameter.factors)
-            for place, its_a, its_b in parameter.shares(a, b):
+            shares = list(parameter.shares(a, b))
+            live = [share for share in shares if share[1].any() or share[2].any()]
+            for place, its_a, its_b in live or shares:
                 yield place, parameter.name, its_a, its_b
+
+
+# The way back.
+
+
+class Part(NamedTuple):
+    """What one leaf has for all experts of a layer: a [E, r, in], b [E, out, r], and its scale."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+class Expert(NamedTuple):
+    """Where an expert's module has gone: the experts' module, the parameter, and the part of it."""
+
+    module: str
+    parameter: str
+    part: str
+
+
+def parameter_of(module: str) -> Expert | None:
+    """What has become of a module of this torch name; None if it is not an expert's."""
+    found = _EXPERT.fullmatch(module)
+    kinds = [kind for kind, parts in _KINDS.items() if found and found[2] in parts]
+    return Expert(found[1], kinds[0], found[2]) if found and kinds else None
+
+
+def have_gates(modules: Collection[str]) -> bool:
+    """Whether among the names are gate, up and down of experts, which transformers has fused."""
+    found = {match[2] for match in map(_EXPERT.fullmatch, modules) if match}
+    return found.issuperset(part for parts in _KINDS.values() for part in parts)
+
+
+def wrappers(module: str, names: Collection[str]) -> dict[str, str]:
+    """What peft names the factors of some parameters after: the last one is outermost."""
+    ordered = [name for name in _KINDS if name in names]
+    return {
+        name: f"{module}{'.base_layer' * depth}" for depth, name in enumerate(reversed(ordered))
+    }
+
+
+def fuse(name: str, parts: Mapping[str, Part]) -> Part:
+    """One parameter's factors from those of its parts, with the experts as axes still.
+
+    Args:
+      name: of the parameter, within its module.
+      parts: by their names; one that has no adapter is absent.
+    """
+    present = [parts[part] for part in _KINDS[name] if part in parts]
+    first, scale = present[0], max((part.scale for part in present), key=abs)
+    # One parameter has one scale: what is left of the others goes into B.
+    scaled = {
+        part: x.b if x.scale == scale else (x.b * (x.scale / scale)).astype(x.b.dtype)
+        for part, x in parts.items()
+    }
+    if all(np.array_equal(part.a, first.a) for part in present):
+        nothing = np.zeros_like(first.b)  # gate and up are of one shape
+        rows = [scaled.get(part, nothing) for part in _KINDS[name]]
+        return Part(first.a, np.concatenate(rows, axis=1), scale)
+    blocks = [scaled[part] for part in _KINDS[name]]
+    experts, rank = len(first.a), sum(x.shape[2] for x in blocks)
+    b = np.zeros((experts, sum(x.shape[1] for x in blocks), rank), first.b.dtype)
+    row = column = 0
+    for block in blocks:
+        _, out, r = block.shape
+        b[:, row : row + out, column : column + r] = block
+        row, column = row + out, column + r
+    return Part(np.concatenate([part.a for part in present], axis=1), b, scale)
+
+
+def stacked(part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Both factors as PEFT has them: [E * r, in] and [out, r * E]."""
+    experts, rank, inn = part.a.shape
+    return part.a.reshape(experts * rank, inn), part.b.transpose(1, 2, 0).reshape(
+        part.b.shape[1], rank * experts
+    )

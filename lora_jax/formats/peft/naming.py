@@ -26,6 +26,7 @@ from lora_jax.core.rules import first_matches
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
 
 EMBEDDING, HEAD = "embed/embedding", "lm_head/kernel"
+ROUTER = "/router/kernel"  # of a layer
 # The decoder's parts that transformers calls otherwise; `q_proj`, `mlp` and their like agree.
 _PARTS = {
     "attn": "self_attn",

@@ -19,9 +19,11 @@ from jax.typing import DTypeLike
 from lora_jax.core.leaves import Adapter, is_leaf
 from lora_jax.core.rules import path_string
 from lora_jax.formats.peft.config import CONFIG
+from lora_jax.formats.peft.fused import Part, fuse, have_gates, parameter_of, stacked, wrappers
 from lora_jax.formats.peft.naming import (
     EMBEDDING,
     HEAD,
+    ROUTER,
     Names,
     adapter_indices,
     conv1d_paths,
@@ -48,8 +50,16 @@ def write_peft(
     dtype: DTypeLike | None = None,
     names: Names | None = None,
     fan_in_fan_out: str | Sequence[str] = (),
+    fused_experts: bool | None = None,
 ) -> None:
     """Writes adapters as a folder that `peft` loads.
+
+    Experts are written as the class has them that the adapters are for. Since its version 5
+    transformers has those of a layer in two parameters, `experts.gate_up_proj` and
+    `experts.down_proj`, and the router in a third: their adapters are `target_parameters`, for
+    which peft has no dropout. Before, each expert had modules of its own. peft turns adapters of
+    those into the others when it loads them, but only if gate and up of all layers are adapted, and
+    all with one rank and alpha.
 
     The same adapters give the same bytes, and so do those that `read_peft` reads of them. Both
     files are complete before either takes its place, so an older adapter stays until then.
@@ -65,12 +75,15 @@ def write_peft(
       names: what torch calls the module of a leaf, by the leaf's path, with a `{}` for each batch
         axis: `{"h/attn/c_attn/kernel": "transformer.h.{}.attn.c_attn"}`, or a function.
       fan_in_fan_out: patterns of the leaves that torch has as [in, out], as in GPT-2's Conv1D.
+      fused_experts: whether experts are written as parameters of a layer, or else as modules of
+        their own; by default the former of a decoder that has gate, up and down of experts, and the
+        latter with `names`.
 
     Raises:
       ValueError: if the tree holds no adapter, or a leaf that PEFT's format has no place for.
       OSError: if the folder cannot be written.
     """
-    record = _record(adapters, names, fan_in_fan_out)
+    record = _record(adapters, names, fan_in_fan_out, fused_experts)
     if not record.ranks:
         raise ValueError("the tree holds no adapters, expected what init_adapters returns")
     config = {
@@ -83,6 +96,8 @@ def write_peft(
         "bias": "none",
         "inference_mode": True,
     }
+    if record.parameters:
+        config["target_parameters"] = _target_parameters(record)
     if record.whole:
         config["modules_to_save"] = sorted(record.whole)
     if record.is_tied:
@@ -104,11 +119,14 @@ class _Record:
 
     Attributes:
       tensors: by their names in the file.
-      ranks, scales: of adapted modules.
+      ranks, scales: of adapted modules and parameters.
       dropouts: of all of them.
       whole: modules trained whole.
       others: names of the modules that are neither, with a `{}` for each number; None if some
         modules have no name.
+      parameters: those that are adapted by themselves.
+      possible: names of parameters of the same kinds, whether or not they are adapted.
+      experts: by module, parameter and part of it, what the leaves have for a layer's experts.
       is_tied: whether the head is the embedding, and trained with it.
       fan_in_fan_out: whether adapted modules are GPT-2's Conv1D.
     """
@@ -119,20 +137,58 @@ class _Record:
     dropouts: set[float] = dataclasses.field(default_factory=set)
     whole: set[str] = dataclasses.field(default_factory=set)
     others: set[str] | None = dataclasses.field(default_factory=set)
+    parameters: set[str] = dataclasses.field(default_factory=set)
+    possible: set[str] = dataclasses.field(default_factory=set)
+    experts: dict[str, dict[str, dict[str, Part]]] = dataclasses.field(default_factory=dict)
     is_tied: bool = False
     fan_in_fan_out: bool = False
 
-    def add_adapter(self, path: str, template: str, leaf: Adapter) -> None:
+    def kind(self, name: str) -> str:
+        """`q_proj` of `model.layers.0.self_attn.q_proj`; of a parameter `experts.down_proj`."""
+        parts = name.split(".")
+        return ".".join(parts[-2:] if name in self.possible else parts[-1:])
+
+    def add_adapter(self, path: str, template: str, leaf: Adapter, suffix: str = "") -> None:
+        """With a suffix, of the parameter of that name in its module."""
         leaf = jax.tree.map(np.asarray, leaf)
         positions = adapter_indices(path, template, leaf)
         for index in positions:
             module = template.format(*index)
             factors = turned(path, leaf.layout, leaf.a[index], leaf.b[index])
             self.tensors.update(zip(factor_names(path, module), factors, strict=True))
-            self.ranks[module], self.scales[module] = leaf.rank, leaf.scale
+            name = module + suffix
+            self.ranks[name], self.scales[name] = leaf.rank, leaf.scale
+            if suffix:
+                self.parameters.add(name)
         self.dropouts.add(leaf.dropout)
-        if self.others is not None and len(positions) < math.prod(leaf.batch_shape):
+        if suffix:
+            everywhere = indices(path, template, leaf.batch_shape)
+            self.possible |= {template.format(*index) + suffix for index in everywhere}
+        elif self.others is not None and len(positions) < math.prod(leaf.batch_shape):
             self.others.add(template)
+
+    def add_experts(self, path: str, template: str, leaf: Adapter) -> None:
+        """Kept until all parts of a parameter are there."""
+        leaf = jax.tree.map(np.asarray, leaf)
+        live = {index[:-1] for index in adapter_indices(path, template, leaf)}
+        for index in np.ndindex(leaf.batch_shape[:-1]):
+            expert = parameter_of(template.format(*index, 0))
+            assert expert is not None  # or the leaf would not be here
+            self.possible.add(f"{expert.module}.{expert.parameter}")
+            if index in live:
+                parts = self.experts.setdefault(expert.module, {}).setdefault(expert.parameter, {})
+                parts[expert.part] = Part(leaf.a[index], leaf.b[index], leaf.scale)
+        self.dropouts.add(leaf.dropout)
+
+    def fuse_experts(self) -> None:
+        """Each parameter's factors, from those of its parts."""
+        for module, kinds in self.experts.items():
+            for kind, wrapper in wrappers(module, kinds).items():
+                name, part = f"{module}.{kind}", fuse(kind, kinds[kind])
+                factors = dict(zip(factor_names("", wrapper), stacked(part), strict=True))
+                self.tensors.update(factors)
+                self.ranks[name], self.scales[name] = part.a.shape[1], part.scale
+                self.parameters.add(name)
 
     def add_tied_head(self, leaf: Any) -> None:
         """The embedding's share once more, as peft has it with `ensure_weight_tying`."""
@@ -161,7 +217,12 @@ class _Record:
             self.whole.add(module)
 
 
-def _record(adapters: Any, names: Names | None, fan_in_fan_out: str | Sequence[str]) -> _Record:
+def _record(
+    adapters: Any,
+    names: Names | None,
+    fan_in_fan_out: str | Sequence[str],
+    fused_experts: bool | None,
+) -> _Record:
     record = _Record()
     flat, _ = jax.tree_util.tree_flatten_with_path(
         adapters, is_leaf=lambda x: x is None or is_leaf(x)
@@ -171,6 +232,8 @@ def _record(adapters: Any, names: Names | None, fan_in_fan_out: str | Sequence[s
     conv1d = conv1d_paths(fan_in_fan_out, [path for path, _ in leaves])
     adapted = {path for path, leaf in leaves if isinstance(leaf, Adapter)}
     record.fan_in_fan_out = bool(adapted & conv1d)
+    if fused_experts is None:
+        fused_experts = names is None and have_gates([name_of(path) or "" for path, _ in leaves])
     kinds = collections.defaultdict(set)  # of the leaves that one module has
     for path, leaf in leaves:
         template = name_of(path)
@@ -184,10 +247,24 @@ def _record(adapters: Any, names: Names | None, fan_in_fan_out: str | Sequence[s
             record.others = None
             continue
         kinds[template].add(type(leaf) if isinstance(leaf, Adapter | None) else "whole")
-        if isinstance(leaf, Adapter):
-            record.add_adapter(path, template, leaf)
+        expert = parameter_of(template) if fused_experts else None
+        suffix = ".weight" if fused_experts and path.endswith(ROUTER) else ""
+        if expert is not None and "{}" not in expert.module:
+            record.possible.add(f"{expert.module}.{expert.parameter}")
+        if suffix and "{}" not in template:
+            record.possible.add(template + suffix)
+        if isinstance(leaf, Adapter) and expert is not None:
+            record.add_experts(path, template, leaf)
+        elif isinstance(leaf, Adapter):
+            record.add_adapter(path, template, leaf, suffix)
+        elif leaf is not None and expert is not None:
+            raise ValueError(
+                f"{path} is trained whole, and peft has no place for that among fused experts; "
+                "adapt it, or save the tree with lj.save_adapters"
+            )
         elif leaf is not None:
             record.add_whole(path, template, leaf, conv1d)
+    record.fuse_experts()
     tree = dict(leaves)
     if names is None and HEAD not in tree and tree.get(EMBEDDING) is not None:
         record.add_tied_head(tree[EMBEDDING])
@@ -215,10 +292,10 @@ def _described(record: _Record) -> dict[str, Any]:
     return {
         "r": rank,
         "lora_alpha": _whole_number(alpha),
-        "lora_dropout": next(iter(record.dropouts)),
+        "lora_dropout": 0.0 if record.parameters else next(iter(record.dropouts)),
         "target_modules": _targets(record),
-        "rank_pattern": _pattern(record.ranks, rank),
-        "alpha_pattern": _pattern(alphas, alpha),
+        "rank_pattern": _pattern(record, record.ranks, rank),
+        "alpha_pattern": _pattern(record, alphas, alpha),
         "use_rslora": stabilized,
     }
 
@@ -250,31 +327,34 @@ def alpha_of(scale: float, divisor: float) -> float:
 
 def _targets(record: _Record) -> list[str]:
     """The short name of a kind where it says enough, else whole names."""
-    kept = None if record.others is None else {_kind(name) for name in record.others}
+    kept = None if record.others is None else {record.kind(name) for name in record.others}
 
     def target(module: str) -> str:
-        kind = _kind(module)
+        kind = record.kind(module)
         return module if kept is None or kind in kept or kind.isdigit() else kind
 
     head = {decoder_module(HEAD)} if record.is_tied else set()  # follows its embedding
-    return sorted({target(module) for module in record.ranks if module not in head})
+    modules = record.ranks.keys() - record.parameters - head
+    return sorted({target(module) for module in modules})
 
 
-def _pattern(values: dict[str, Any], usual: Any) -> dict[str, Any]:
+def _target_parameters(record: _Record) -> list[str]:
+    """The same of parameters."""
+    kept = {record.kind(name) for name in record.possible - record.parameters}
+    kinds = {name: record.kind(name) for name in record.parameters}
+    return sorted({name if kind in kept else kind for name, kind in kinds.items()})
+
+
+def _pattern(record: _Record, values: dict[str, Any], usual: Any) -> dict[str, Any]:
     """What is not as usual, by the short name of a kind where that says enough."""
     of_kind = collections.defaultdict(set)
-    for module, value in values.items():
-        of_kind[_kind(module)].add(value)
+    for name, value in values.items():
+        of_kind[record.kind(name)].add(value)
     return {
-        _kind(module) if len(of_kind[_kind(module)]) == 1 else module: _whole_number(value)
-        for module, value in sorted(values.items())
+        kind if len(of_kind[kind := record.kind(name)]) == 1 else name: _whole_number(value)
+        for name, value in sorted(values.items())
         if value != usual
     }
-
-
-def _kind(module: str) -> str:
-    """`q_proj` of `model.layers.0.self_attn.q_proj`."""
-    return module.rpartition(".")[2]
 
 
 def _most_common(values: dict[str, Any]) -> Any:
