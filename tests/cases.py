@@ -59,7 +59,8 @@ def trees(case: Case, base_kind: str) -> tuple[Any, Any]:
         base = lj.quantize(base, "w", layout=layout, **STORED[base_kind])
         layout = None
     rules = [lj.LoraRule("w", rank=3, alpha=6, layout=layout)]
-    return base, reference.randomized(lj.init_adapters(jax.random.key(0), base, rules))
+    shapes = jax.eval_shape(lambda: lj.init_adapters(jax.random.key(0), base, rules))
+    return base, reference.randomized(shapes)
 
 
 def call(case: Case, base: Any, adapters: Any, **options: Any) -> jax.Array:

@@ -61,7 +61,7 @@ def linen_scanned_encoder() -> ForeignModel:
         remat_policy="full",
         unroll=1,
     )
-    x = jax.random.normal(jax.random.key(1), (2, 8, 64))
+    x = np.random.default_rng(1).normal(size=(2, 8, 64)).astype(np.float32)
     positions = jnp.tile(jnp.arange(8), (2, 1))
     variables = jax.eval_shape(encoder.init, jax.random.key(0), x, position_ids=positions)
     return ForeignModel(
@@ -127,7 +127,7 @@ def equinox_vision_transformer() -> ForeignModel:
         lambda key: vit.VisionTransformer(**sizes, num_heads=4, depths=[2], key=key),
         jax.random.key(0),
     )
-    images = jax.random.normal(jax.random.key(1), (2, 3, 16, 16))
+    images = np.random.default_rng(1).normal(size=(2, 3, 16, 16)).astype(np.float32)
 
     def apply(model: Any, images: jax.Array) -> jax.Array:
         # Every key is unused at inference, but the model asks for one.

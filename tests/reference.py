@@ -105,7 +105,7 @@ def dense_tree(base, adapters):
 
 
 def randomized(adapters, seed: int = 0, size: float = 0.3):
-    """Adapters as after some training: nothing in them is zero."""
+    """Adapters, or the shapes of some, as after some training: nothing in them is zero."""
     leaves, treedef = jax.tree.flatten(adapters)
     rng = np.random.default_rng(seed)
     moved = [(size * rng.normal(size=x.shape)).astype(x.dtype) for x in leaves]

@@ -50,8 +50,8 @@ def adapted(tied_head: bool, quantized: bool, dropout: float = 0.0) -> tuple[Any
         lj.LoraRule(pattern, 3, 6.0, layout=None if quantized else layout, dropout=dropout)
         for pattern, layout in layouts.items()
     ]
-    start = lj.init_adapters(jax.random.key(1), base, rules)
-    return base, reference.randomized(start, size=0.1)
+    shapes = jax.eval_shape(lambda: lj.init_adapters(jax.random.key(1), base, rules))
+    return base, reference.randomized(shapes, size=0.1)
 
 
 def batch(rows: int = 4, length: int = 24, supervised: float = 0.4, seed: int = 0) -> Batch:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
 import lora_jax as lj
 
@@ -16,8 +17,9 @@ RULES = [lj.LoraRule("kernel", rank=4, alpha=32, rslora=True, dropout=0.1)]
 
 
 def base() -> Any:
+    kernel = jnp.asarray(reference.weight((3, 64, 96)))
     params = {
-        "layers": {"kernel": jax.random.normal(KEY, (3, 64, 96)), "scale": jnp.ones((3, 64))},
+        "layers": {"kernel": kernel, "scale": jnp.ones((3, 64))},
         "head": [jnp.ones((8, 4), jnp.bfloat16), None, "tanh"],
     }
     return lj.quantize(params, "kernel", layout="b i o")
@@ -25,7 +27,8 @@ def base() -> Any:
 
 def adapters(seed: int = 0) -> Any:
     start = lj.init_adapters(jax.random.key(seed), base(), RULES, train=["scale", "head/0"])
-    return jax.tree.map(lambda x: x + jax.random.normal(KEY, x.shape), start)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), start)
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:

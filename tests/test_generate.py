@@ -26,7 +26,7 @@ RULE = lj.LoraRule("layers.*kernel", rank=4, alpha=8.0, layout="b i o")
 
 def make_adapters(base):
     """Adapters that say something: neither factor is zero."""
-    tree = lj.init_adapters(jax.random.key(0), base, [RULE])
+    tree = jax.eval_shape(lambda: lj.init_adapters(jax.random.key(0), base, [RULE]))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), tree)
 
@@ -80,7 +80,7 @@ def whole_pass():
 @pytest.mark.parametrize(("kind", "adapted"), [(None, True), ("nf4", True), ("nf4", False)])
 def test_greedy_tokens_are_those_of_whole_passes(kind, adapted):
     model, number = Decoder(WIDE), 8
-    base = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    base = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     base = jax.tree.map(lambda x: 4 * x, base)
     if kind is not None:
         base = lj.quantize(base, RULE.pattern, kind=kind, block_size=32, layout=RULE.layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import safetensors.numpy
 from family_cases import CASES, write_family
 from hf_folder import GOLDEN, tensors, write_folder, write_json
@@ -172,12 +174,8 @@ def test_adapters_are_merged(tmp_path, gguf_file, scan_layers, kind):
     if kind != "float32":
         base = lj.quantize(base, LAYERS, kind=kind, layout=layout)
     rules = [lj.LoraRule("(q|down)_proj", rank=3, alpha=5.0, layout=layout)]
-    adapters = lj.init_adapters(jax.random.key(0), base, rules, train="final_norm")
-    leaves, treedef = jax.tree.flatten(adapters)
-    rng = np.random.default_rng(0)
-    adapters = jax.tree.unflatten(
-        treedef, [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves]
-    )
+    init = functools.partial(lj.init_adapters, base=base, rules=rules, train="final_norm")
+    adapters = reference.randomized(jax.eval_shape(init, jax.random.key(0)), size=1.0)
     write_hf(tmp_path / "merged", dataclasses.replace(checkpoint, params=base), adapters)
     found = saved(tmp_path / "merged")
     np.testing.assert_array_equal(found["model.norm.weight"], adapters["final_norm"]["scale"])

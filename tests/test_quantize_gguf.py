@@ -8,50 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from gguf_blocks import (
+    IN,
+    KINDS,
+    OUT,
+    nasty,
+    of_blocks,
+    random_blocks,
+    rows_of,
+    stored_as,
+    write_blocks,
+)
 from jax.sharding import AxisType, PartitionSpec
 
 import lora_jax as lj
 from lora_jax.kernels import decode_rows, decode_scales
-
-KINDS = ("q4_0", "q4_1")
-OUT, IN = 64, 256
-
-
-def stored_as(kind: str) -> gguf.GGMLQuantizationType:
-    return gguf.GGMLQuantizationType[kind.upper()]
-
-
-def write_blocks(kind: str, codes, d, m) -> np.ndarray:
-    """Rows of a file: float16 d, for Q4_1 float16 m, and 16 bytes, `[out, bytes of a row]`."""
-    codes = codes.reshape(len(codes), -1, 32)
-    head = np.stack([d] if kind == "q4_0" else [d, m], -1).view(np.uint8)
-    nibbles = codes[..., :16] | (codes[..., 16:] << 4)
-    return np.concatenate([head, nibbles], -1).reshape(len(codes), -1)
-
-
-def of_blocks(kind: str, codes, d, m, dtype="float32") -> lj.QuantizedArray:
-    """The same as a leaf: two codes a byte, the earlier one in the high nibble."""
-    return lj.QuantizedArray(
-        jnp.asarray((codes[:, ::2] << 4) | codes[:, 1::2]),
-        jnp.asarray(d),
-        minimum=jnp.asarray(m) if kind == "q4_1" else None,
-        kind=kind,
-        block_size=32,
-        dtype=jnp.dtype(dtype),
-        layout="o i",
-        axis_sizes=codes.shape,
-    )
-
-
-def random_blocks(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes `[out, in]`, d and m `[out, in/32]`, of every size and sign that a float16 has."""
-    rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 16, (OUT, IN)).astype(np.uint8)
-    d, m = (rng.normal(size=(2, OUT, IN // 32)) * 0.1).astype(np.float16)
-    d[:8], m[4:12] = (rng.integers(-1023, 1024, (2, 8, 8)) * 2.0**-24).astype(np.float16)
-    d[12], m[13] = 0.0, -0.0
-    d[14], m[14], m[15] = 65504.0, -65504.0, 65504.0
-    return codes, d, m
 
 
 def assert_bits_equal(actual, expected) -> None:
@@ -109,25 +80,6 @@ def test_on_a_mesh(kind, spec, gather):
     assert_bits_equal(jax.jit(lj.dequantize)(placed), lj.dequantize(q))
 
 
-def nasty() -> np.ndarray:
-    """Gaussian rows, and below them what a quantizer may stumble over."""
-    rng = np.random.default_rng(0)
-    w = rng.normal(size=(OUT, IN)).astype(np.float32)
-    w[:16] = np.round(w[:16] * 4) / 4  # several largest, of both signs
-    w[16] = 0.0
-    w[17], w[18] = 3.0, -3.0
-    w[19, ::2], w[20, ::32] = -61440.0, 61440.0  # near the largest float16
-    w[21:24] *= np.float32(1e-6)  # of which float16 scales keep little
-    w[24:26] *= np.float32(1e-9)  # or nothing
-    w[26] = np.abs(w[26])
-    w[27] = 5 + w[27] / 1000
-    blocks = w[32:].reshape(-1, 32)  # midway between two codes of Q4_0, but for rounding
-    largest = (1 + rng.random((len(blocks), 1))).astype(np.float32)
-    blocks[:] = largest / -8 * np.tile(np.arange(-7.5, 8), 2).astype(np.float32)
-    blocks[:, :1] = largest
-    return w
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_encodes_as_gguf_does(kind, dtype):
@@ -138,9 +90,7 @@ def test_encodes_as_gguf_does(kind, dtype):
     quantized = functools.partial(lj.quantize_array, kind=kind, block_size=32, layout="o i")
     for run in (quantized, jax.jit(quantized), lambda w: jax.vmap(quantized)(w[None])):
         q = jax.tree.map(lambda x: x.reshape(OUT, -1), run(w))
-        codes = np.stack([q.codes >> 4, q.codes & 15], -1).reshape(OUT, IN)
-        minimum = None if kind == "q4_0" else np.asarray(q.minimum)
-        assert_bits_equal(write_blocks(kind, codes, np.asarray(q.scales), minimum), data)
+        assert_bits_equal(rows_of(q), data)
         assert q.dtype == w.dtype
         assert_bits_equal(
             lj.dequantize(q, jnp.float32), jnp.asarray(expected).astype(dtype).astype(jnp.float32)

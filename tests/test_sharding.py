@@ -46,7 +46,7 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...], list]] = {
 def setting() -> dict[str, Any]:
     model = Decoder(CONFIG)
     tokens = jax.random.randint(jax.random.key(0), (8, 17), 0, CONFIG.vocab_size)
-    params = model.init(jax.random.key(1), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
     base = lj.quantize(params, KERNELS, layout="b i o", block_size=32)
     rules = [lj.LoraRule(KERNELS, rank=4)]
     adapters = lj.init_adapters(jax.random.key(2), base, rules)

@@ -1,13 +1,15 @@
 """The command line: `lora-jax COMMAND --option value ...`.
 
 A command is a module of this package with a frozen dataclass `Config`, whose fields are its options
-and whose docstring is its help, a function `start(argv)` that gives the config to begin from, or
-None, and a function `run(config)` that returns the exit status:
+and whose docstring is its help, and a function `run(config)` that returns the exit status:
 
     0    done
     1    the run itself failed, as by a loss that is not finite
     2    something asked for cannot be had: one sentence says what, and what to write instead
     130  Ctrl-C, and 143 SIGTERM: what was done is saved
+
+Where what is not given follows from what is, as from `--adapter` the model that it was trained on,
+there is a function `start(argv)`, too: it gives the config to begin from, or None.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with interruptible():
             module = importlib.import_module(f"lora_jax.cli.{command}")
-            default = module.start(arguments)
+            default = module.start(arguments) if hasattr(module, "start") else None
             return module.run(parse(module.Config, arguments, prog=prog, default=default))
     except CliError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -75,11 +75,6 @@ class Config:
     output: LogOptions
 
 
-def start(argv: Sequence[str]) -> Config | None:
-    """The source and the destination have no default."""
-    return None
-
-
 # How the adapter of a folder is read, given the parameters, or their shapes, that it belongs to.
 ADAPTERS: Mapping[str, Callable[[Path, Any], Any]] = {
     "run": load_adapter,
@@ -121,9 +116,7 @@ def run(config: Config) -> int:
       Interrupted: on Ctrl-C or SIGTERM.
     """
     options, reporter = config.subject, Reporter(config.output.log)
-    found, form = look(options.source), FORMS[options.to]
-    reporter.say(f"{found}.")
-    reporter.event("found", kind=found.kind, path=found.path)
+    found, form = look(options.source, reporter), FORMS[options.to]
     _require_convertible(found, options)
     with sentences(OSError):
         form.check(options.destination)

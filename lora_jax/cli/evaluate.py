@@ -18,7 +18,7 @@ from lora_jax.cli.failures import CliError, sentences, writing
 from lora_jax.cli.generate import SamplingOptions
 from lora_jax.cli.options import DataOptions, LogOptions, ModelOptions, at_least
 from lora_jax.cli.parsing import from_run, given
-from lora_jax.cli.problem import Model, Split, load_adapter, load_data, load_model
+from lora_jax.cli.problem import Model, Split, load_adapted, load_data
 from lora_jax.cli.report import Reporter, peak_gib
 from lora_jax.cli.scoring import LabelScorer, make_scorer
 from lora_jax.generate import generate
@@ -67,8 +67,7 @@ class Config:
 def start(argv: Sequence[str]) -> Config:
     """The options of the adapter's run, if it has one."""
     folder = given(argv, "adapter")
-    model = from_run(ModelOptions, folder) or ModelOptions()
-    records = from_run(DataOptions, folder)
+    model, records = ModelOptions.of_run(folder), from_run(DataOptions, folder)
     # A run's own records have been split already; those of another file are all new.
     own = records is not None and given(argv, "data") in (None, records.data)
     return Config(
@@ -101,8 +100,7 @@ def run(config: Config) -> int:
         if options.generations.exists():
             raise CliError(f"{options.generations} exists; write --generations with a new file.")
     reporter.say(f"Reading {config.model.model} and {config.data.data} ...")
-    model = load_model(config.model)
-    adapters = None if options.adapter is None else load_adapter(options.adapter, model.base)
+    model, adapters = load_adapted(config.model, options.adapter)
     task, split = load_records(config, model)
     reporter.say(f"{options.split}  {split.encoded}")
     rows, length, pack = options.evaluation_rows, config.data.length, config.data.pack

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lora_jax.cli.failures import CliError, sentences
 from lora_jax.cli.parsing import read_object
+from lora_jax.cli.report import Reporter
 from lora_jax.data.records import FORMATS, format_of
 from lora_jax.formats.hf import PICKLES, pickle_error
 from lora_jax.formats.sources import SourceError, fetch
@@ -41,11 +42,12 @@ class Found(NamedTuple):
         return f"{self.path} is {KINDS[self.kind]}"
 
 
-def look(source: str) -> Found:
-    """Looks at a source, which is fetched first if need be.
+def look(source: str, reporter: Reporter) -> Found:
+    """Looks at a source, which is fetched first if need be, and says what it is.
 
     Args:
       source: a path, or anything else that `sources.fetch` takes.
+      reporter: is told.
 
     Raises:
       CliError: if there is nothing, or nothing that is known.
@@ -53,7 +55,10 @@ def look(source: str) -> Found:
     with sentences(SourceError, OSError):
         path = fetch(source)
         kind = _folder(path) if path.is_dir() else _file(path)
-    return Found(kind, path)
+    found = Found(kind, path)
+    reporter.say(f"{found}.")
+    reporter.event("found", kind=kind, path=path)
+    return found
 
 
 def _folder(path: Path) -> str:

@@ -15,8 +15,8 @@ from tyro.conf import Positional, arg
 from lora_jax import data
 from lora_jax.cli.failures import CliError, Interrupted, sentences
 from lora_jax.cli.options import Escaped, LogOptions, ModelOptions, at_least
-from lora_jax.cli.parsing import from_run, given
-from lora_jax.cli.problem import Model, load_adapter, load_model
+from lora_jax.cli.parsing import given
+from lora_jax.cli.problem import Model, load_adapted
 from lora_jax.cli.report import Reporter
 from lora_jax.generate import stream
 
@@ -76,8 +76,8 @@ class Config:
 
 def start(argv: Sequence[str]) -> Config:
     """The model of the adapter's run, if it has one."""
-    model = from_run(ModelOptions, given(argv, "adapter"))
-    return Config(PromptOptions(), model or ModelOptions(), SamplingOptions(), LogOptions())
+    model = ModelOptions.of_run(given(argv, "adapter"))
+    return Config(PromptOptions(), model, SamplingOptions(), LogOptions())
 
 
 def run(config: Config) -> int:
@@ -145,9 +145,7 @@ class Writer:
     @classmethod
     def load(cls, config: Config) -> Writer:
         """Reads the model and the adapter."""
-        model, adapter = load_model(config.model), config.text.adapter
-        adapters = None if adapter is None else load_adapter(adapter, model.base)
-        return cls(model, adapters, config.sampling)
+        return cls(*load_adapted(config.model, config.text.adapter), config.sampling)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that begins a document."""

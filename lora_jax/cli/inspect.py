@@ -76,11 +76,6 @@ class Config:
     output: LogOptions
 
 
-def start(argv: Sequence[str]) -> Config:
-    """Everything has a default."""
-    return Config(Subject(), LogOptions())
-
-
 def run(config: Config) -> int:
     """Runs the command.
 
@@ -93,9 +88,8 @@ def run(config: Config) -> int:
     Raises:
       CliError: if there is no such thing, or it cannot be read.
     """
-    reporter, found = Reporter(config.output.log), look(config.subject.source)
-    reporter.say(f"{found}.")
-    reporter.event("found", kind=found.kind, path=found.path)
+    reporter = Reporter(config.output.log)
+    found = look(config.subject.source, reporter)
     if config.subject.is_a_trial and found.kind not in _MODELS:
         raise CliError(
             f"{found}, and --base, --targets and --whole are about models; leave them out."

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from lora_jax.cli.parsing import from_run
+
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
@@ -69,6 +71,11 @@ class ModelOptions:
     """Of activations; bfloat16 is mixed precision: adapters, optimizer and losses stay float32."""
     remat: Literal["none", "nothing_saveable", "dots_saveable"] = "none"
     """What to compute again in the backward pass instead of keeping it: trades time for memory."""
+
+    @classmethod
+    def of_run(cls, folder: str | None) -> ModelOptions:
+        """The model of a run; the default one for a folder that is no run's, or no folder."""
+        return from_run(cls, folder) or cls()
 
 
 @dataclasses.dataclass(frozen=True)

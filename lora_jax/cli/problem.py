@@ -171,6 +171,16 @@ def _progress(source: str) -> Iterator[Callable[[int, int], None]]:
         bar.stop()
 
 
+def load_adapted(options: ModelOptions, adapter: Path | None) -> tuple[Model, Any]:
+    """The model, and what `load_adapter` reads for it; no adapters, if there is no folder.
+
+    Raises:
+      CliError: as `load_model` and `load_adapter`.
+    """
+    model = load_model(options)
+    return model, None if adapter is None else load_adapter(adapter, model.base)
+
+
 def load_adapter(path: Path, base: Any) -> Any:
     """The adapter of a run, or one that `lj.save_adapters` saved.
 

@@ -16,45 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from bitsandbytes_weights import bits, in_numpy, random_state
 
 import lora_jax as lj
 from lora_jax.formats.bitsandbytes import from_tensors, to_tensors
-
-BLOCK_SIZES = (32, 64, 64, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
-def random_state(seed: int):
-    """A random weight of a random kind, quantized: its codes, its state, and its state dict."""
-    rng = np.random.default_rng(seed)
-    kind, dtype = rng.choice(["nf4", "fp4"]), rng.choice(["float32", "bfloat16", "float16"])
-    nested, block_size = bool(rng.integers(2)), int(rng.choice(BLOCK_SIZES))
-    storage = rng.choice(["uint8", "bfloat16"]) if seed % 4 == 0 else "uint8"
-    out, inn = (int(n) for n in rng.integers(1, 200, 2))
-    match seed % 4:
-        case 0:
-            inn = block_size * int(rng.integers(1, 4))
-        case 1:
-            inn += 1 - inn % 2  # odd
-        case 2:
-            inn = 16 * (1 + inn % 12)
-    weight = rng.normal(size=(out, inn)).astype(np.float32)
-    weight[rng.random(out) < 0.2] = 0
-    weight *= np.float32(10.0 ** rng.integers(-4, 3))
-    codes, state = functional.quantize_4bit(
-        torch.from_numpy(weight).to(getattr(torch, str(dtype))),
-        blocksize=block_size,
-        quant_type=str(kind),
-        compress_statistics=nested,
-        quant_storage=getattr(torch, str(storage)),
-    )
-    parts = {f"weight.{name}": values for name, values in state.as_dict(packed=True).items()}
-    return codes, state, {"weight": codes, **parts}
-
-
-def in_numpy(values: torch.Tensor) -> np.ndarray:
-    if values.dtype == torch.bfloat16:
-        return values.view(torch.uint16).numpy().view(jnp.bfloat16)
-    return values.numpy()
 
 
 def decoded(codes: torch.Tensor, state: functional.QuantState) -> np.ndarray:
@@ -75,17 +40,12 @@ def decoded(codes: torch.Tensor, state: functional.QuantState) -> np.ndarray:
     return values.reshape(out, inn)
 
 
-def bits(values: np.ndarray) -> np.ndarray:
-    values = np.asarray(values)
-    return values.view({2: np.uint16, 4: np.uint32}[values.dtype.itemsize])
-
-
 @pytest.mark.parametrize("batch", range(10))
 def test_two_hundred_random_weights(batch):
     differences = crossing = odd = 0
     for seed in range(20 * batch, 20 * batch + 20):
         codes, state, tensors = random_state(seed)
-        q = from_tensors({name: in_numpy(values) for name, values in tensors.items()})
+        q = from_tensors(tensors)
         ours = jax.jit(lj.dequantize)(q)
         theirs = decoded(codes, state)
         assert ours.dtype == theirs.dtype
