@@ -163,7 +163,7 @@ def folds(weights: list[QuantizedArray], key: jax.Array) -> Iterator[Case]:
         tiling = Tiling(rows=rows, blocks=blocks, warps=warps, lookup=lookup)
 
         def fn(q: Any, a: Any, b: Any, dtype: Any = jnp.bfloat16, tiling: Tiling = tiling) -> Any:
-            return gpu.decode_folded(q, a, 2.0 * b, dtype, tiling)
+            return gpu.decode_folded(q, a, -2.0 * b, dtype, tiling)
 
         def error(got: jax.Array, fn: Callable = fn) -> str:
             zero = bits_that_differ(jax.jit(fn)(q, a, 0 * b), plain)
@@ -247,7 +247,7 @@ def checks() -> Iterator[str]:
             found = [
                 bits_that_differ(jax.jit(gpu.decode, static_argnums=1)(q, one), plain),
                 relative(
-                    jax.jit(gpu.decode_folded, static_argnums=(3, 4))(q, a, 0.5 * b, dtype, one),
+                    jax.jit(gpu.decode_folded, static_argnums=(3, 4))(q, a, -0.5 * b, dtype, one),
                     folded,
                 ),
             ]

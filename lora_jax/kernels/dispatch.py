@@ -90,9 +90,9 @@ def decode_folded(
     Returns:
       `[b..., out, in]`.
     """
-    scale = jnp.asarray(scale, jnp.float32)[..., None, None]
-    b = scale * b.astype(jnp.float32)
-    return _FOLD(q, a.astype(jnp.float32), b, dtype=np.dtype(dtype or q.dtype))
+    # Where the update is zero, +0 is subtracted, which leaves even the sign of a zero as it is.
+    minus_b = jnp.asarray(-scale, jnp.float32)[..., None, None] * b.astype(jnp.float32)
+    return _FOLD(q, a.astype(jnp.float32), minus_b, dtype=np.dtype(dtype or q.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -121,15 +121,9 @@ def matmul(x: jax.Array, q: QuantizedArray, dtype: Any = None) -> jax.Array:
 # What the operations are: on the XLA path, and as a kernel of one matrix.
 
 
-def _xla_folded(q: QuantizedArray, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+def _xla_folded(q: QuantizedArray, a: jax.Array, minus_b: jax.Array, dtype: Any) -> jax.Array:
     values = xla.decode(dataclasses.replace(q, dtype=np.dtype(np.float32)))
-    update = jnp.matmul(b, a)
-    return jnp.where(update == 0, values, values + update).astype(dtype)
-
-
-def _smooth_folded(q: QuantizedArray, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    values = xla.decode(dataclasses.replace(q, dtype=np.dtype(np.float32)))
-    return (values + jnp.matmul(b, a)).astype(dtype)
+    return (values - jnp.matmul(minus_b, a)).astype(dtype)
 
 
 def _xla_matmul(x: jax.Array, q: QuantizedArray, dtype: Any) -> jax.Array:
@@ -158,7 +152,7 @@ def _decode_obstacle(q: QuantizedArray) -> str | None:
     return None
 
 
-def _fold_obstacle(q: QuantizedArray, a: jax.Array, b: jax.Array) -> str | None:
+def _fold_obstacle(q: QuantizedArray, a: jax.Array, minus_b: jax.Array) -> str | None:
     if not 32 <= q.block_size <= 256:
         return f"blocks of {q.block_size}, and not of 32 to 256"
     if a.shape[-2] > 256:
@@ -190,14 +184,12 @@ class _Operation:
       reference: the implementation for XLA, of any number of batch axes.
       kernel: the implementation for one matrix; also takes `interpret`.
       obstacle: says in a few words why the kernel does not take some arguments, or None.
-      smooth: what is differentiated.
     """
 
     primitive: Any
     reference: Callable
     kernel: Callable
     obstacle: Callable
-    smooth: Callable
 
     def __call__(self, *args: Any, **static: Any) -> jax.Array:
         path = _path.value
@@ -237,11 +229,9 @@ class _Operation:
         return fn(*args)
 
 
-def _operation(
-    name: str, reference: Callable, kernel: Callable, obstacle: Callable, **more: Any
-) -> _Operation:
+def _operation(name: str, reference: Callable, kernel: Callable, obstacle: Callable) -> _Operation:
     primitive = jex.Primitive(name)
-    operation = _Operation(primitive, reference, kernel, obstacle, more.get("smooth", reference))
+    operation = _Operation(primitive, reference, kernel, obstacle)
 
     def restored(leaves: Sequence, tree: Any, static: tuple, fn: Callable = reference) -> Any:
         return fn(*jax.tree.unflatten(tree, leaves), **dict(static))
@@ -257,7 +247,7 @@ def _operation(
         return jax.core.ShapedArray(result.shape, result.dtype)
 
     def jvp(primals: Any, tangents: Any, *, tree: Any, static: tuple, forced: bool) -> Any:
-        fn = lambda *leaves: restored(leaves, tree, static, operation.smooth)  # noqa: E731
+        fn = lambda *leaves: restored(leaves, tree, static)  # noqa: E731
         out = primitive.bind(*primals, tree=tree, static=static, forced=forced)
         return out, jax.jvp(fn, primals, tuple(map(ad.instantiate_zeros, tangents)))[1]
 
@@ -316,10 +306,10 @@ def _kernel_decode(q: QuantizedArray, interpret: bool) -> jax.Array:
 
 
 def _kernel_folded(
-    q: QuantizedArray, a: jax.Array, b: jax.Array, dtype: Any, interpret: bool
+    q: QuantizedArray, a: jax.Array, minus_b: jax.Array, dtype: Any, interpret: bool
 ) -> jax.Array:
     tiling = gpu.fold_tiling(q, interpret)
-    return gpu.decode_folded(q, a, b, dtype, tiling, interpret=interpret)
+    return gpu.decode_folded(q, a, minus_b, dtype, tiling, interpret=interpret)
 
 
 def _kernel_matmul(x: jax.Array, q: QuantizedArray, dtype: Any, interpret: bool) -> jax.Array:
@@ -328,7 +318,5 @@ def _kernel_matmul(x: jax.Array, q: QuantizedArray, dtype: Any, interpret: bool)
 
 
 _DECODE = _operation("decode", xla.decode, _kernel_decode, _decode_obstacle)
-_FOLD = _operation(
-    "decode_folded", _xla_folded, _kernel_folded, _fold_obstacle, smooth=_smooth_folded
-)
+_FOLD = _operation("decode_folded", _xla_folded, _kernel_folded, _fold_obstacle)
 _MATMUL = _operation("decode_matmul", _xla_matmul, _kernel_matmul, _matmul_obstacle)

@@ -266,20 +266,32 @@ def _store(ref: Any, index: Any, value: jax.Array, mask: jax.Array | None = None
 def decode_folded(
     q: QuantizedArray,
     a: jax.Array,
-    b: jax.Array,
+    minus_b: jax.Array,
     dtype: Any,
     tiling: Tiling,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`decode(q) + b @ a` in one pass over the codes, summed in float32; `[out, in]` in `dtype`."""
+    """`decode(q) - minus_b @ a` in one pass over the codes, summed in float32.
+
+    Args:
+      q: one quantized matrix, `[out, in]`.
+      a: float32 `[r, in]`.
+      minus_b: float32 `[out, r]`.
+      dtype: of the result.
+      tiling: see `fold_tiling`.
+      interpret: runs on any platform, slowly.
+
+    Returns:
+      `[out, in]`.
+    """
     (out, inn), g = q.matrix_shape, q.block_size
     h, rank = g // 2, max(16, pl.next_power_of_2(a.shape[0]))
     rows, blocks, count = tiling.rows, tiling.blocks, inn // g
     padded = pl.cdiv(out, rows) * rows
     # The tensor cores cut float32 off to ten bits of mantissa: rounding first halves the error and
     # takes its bias away.
-    a, b = (lax.reduce_precision(x.astype(jnp.float32), 8, 10) for x in (a, b))
+    a, b = (lax.reduce_precision(x, 8, 10) for x in (a, minus_b))
     a = jnp.pad(a, ((0, rank - a.shape[0]), (0, 0))).reshape(rank, inn // 2, 2)
     a = jnp.moveaxis(a, -1, 0)  # [2, r, in/2]: the columns of the high nibbles, and of the low
     b = jnp.pad(b, ((0, padded - out), (0, rank - b.shape[1])))
@@ -304,7 +316,7 @@ def decode_folded(
                 values = [jnp.maximum(x, -3e38) + minimum[:, None] for x in values]
             for parity, x in enumerate(values):
                 update = jnp.dot(b, a_ref[parity, :, half], preferred_element_type=jnp.float32)
-                values[parity] = _plus(x, update).astype(dtype)
+                values[parity] = (x - update).astype(dtype)
             _store(out_ref, (at, pl.ds(block * g, g)), _join(*values), _column(mask))
 
     return pl.pallas_call(
@@ -317,11 +329,6 @@ def decode_folded(
         interpret=interpret,
         name="decode_folded",
     )(q.codes, a, b, parts)
-
-
-def _plus(x: jax.Array, update: jax.Array) -> jax.Array:
-    """The sum; where the update is zero, x itself, whose zero may have a sign."""
-    return jnp.where(update == 0, x, x + update)
 
 
 def matmul(
