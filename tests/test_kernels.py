@@ -250,7 +250,7 @@ def test_programs_exported_without_a_gpu_have_no_kernel(platform):
 
 
 def test_kernels_are_for_one_modern_gpu(monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_ampere", lambda: True)
+    monkeypatch.setattr(dispatch, "_has_kernels", lambda: True)
     for fn, args in operations():
         assert "triton" in text_for("cuda", fn, *args)
         assert "triton" not in text_for("tpu", fn, *args)
@@ -276,10 +276,10 @@ def test_kernels_are_for_one_modern_gpu(monkeypatch):
 
 
 def test_older_gpus_and_other_shapes_take_the_xla_path(monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_ampere", lambda: False)
+    monkeypatch.setattr(dispatch, "_has_kernels", lambda: False)
     for fn, args in operations():
         assert "triton" not in text_for("cuda", fn, *args)
-    monkeypatch.setattr(dispatch, "_has_ampere", lambda: True)
+    monkeypatch.setattr(dispatch, "_has_kernels", lambda: True)
     many = jnp.ones((65, 128), jnp.bfloat16)
     q = operations()[0][1][0]
     assert text_for("cuda", kernels.matmul, many, q).count("triton") == 1  # decoding alone

@@ -9,6 +9,8 @@ and the XLA path elsewhere:
   - The program runs on one device, or is the body of a `shard_map` over all axes of its mesh. XLA
     cannot divide a kernel among devices and would gather the codes on each; the XLA path it can.
   - The kernel takes the shape and the dtype.
+  - JAX still has Pallas' lowering through Triton, which 0.11 deprecates. It is imported when it is
+    needed, so that a JAX without it decodes by the XLA path.
 
 `with use("xla")` or `use("pallas")` forces one of the two. The latter interprets the kernel on a
 CPU, which is slow and meant for tests, and is an error wherever the kernel cannot run.
@@ -18,6 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,7 +34,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 
 from lora_jax.core.leaves import QuantizedArray
-from lora_jax.kernels import gpu, xla
+from lora_jax.kernels import xla
 
 PATHS = ("auto", "xla", "pallas")
 _path = jax.make_user_context("auto")  # a part of jit's keys: programs of another path are others
@@ -204,8 +208,8 @@ class _Operation:
     def chosen(self, platform: str, one_device: bool, args: Any, forced: bool) -> Callable:
         """The implementation to lower for a platform."""
         obstacle = self.obstacle(*args)
-        if platform == "cuda" and obstacle is None and not _has_ampere():
-            obstacle = None if forced else "GPUs older than Ampere"
+        if platform == "cuda" and obstacle is None and not _has_kernels():
+            obstacle = None if forced else "this machine's GPUs, or its JAX"
         if forced and obstacle is not None:
             raise ValueError(
                 f"the Pallas kernel of {self.primitive.name} does not take {obstacle}; "
@@ -257,7 +261,10 @@ def _operation(name: str, reference: Callable, kernel: Callable, obstacle: Calla
         rule = mlir.lower_fun(
             lambda *leaves: restored(leaves, tree, static, fn), multiple_results=False
         )
-        return rule(ctx, *leaves)
+        with warnings.catch_warnings():
+            # Nothing that a user of this library could do about it.
+            warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+            return rule(ctx, *leaves)
 
     ad.primitive_jvps[primitive] = jvp
     for platform in ("cpu", "cuda", "rocm", "tpu"):
@@ -293,7 +300,10 @@ def _on_one_device(ctx: Any) -> bool:
     return getattr(context, "num_devices", None) == 1
 
 
-def _has_ampere() -> bool:
+def _has_kernels() -> bool:
+    """Whether the kernels compile here: JAX can lower them, and all its GPUs can run them."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return False
     try:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:
@@ -302,17 +312,23 @@ def _has_ampere() -> bool:
 
 
 def _kernel_decode(q: QuantizedArray, interpret: bool) -> jax.Array:
+    from lora_jax.kernels import gpu
+
     return gpu.decode(q, gpu.decode_tiling(q, interpret), interpret=interpret)
 
 
 def _kernel_folded(
     q: QuantizedArray, a: jax.Array, minus_b: jax.Array, dtype: Any, interpret: bool
 ) -> jax.Array:
+    from lora_jax.kernels import gpu
+
     tiling = gpu.fold_tiling(q, interpret)
     return gpu.decode_folded(q, a, minus_b, dtype, tiling, interpret=interpret)
 
 
 def _kernel_matmul(x: jax.Array, q: QuantizedArray, dtype: Any, interpret: bool) -> jax.Array:
+    from lora_jax.kernels import gpu
+
     tiling = gpu.matmul_tiling(x.shape[0], q, interpret)
     return gpu.matmul(x, q, dtype, tiling, interpret=interpret)
 
