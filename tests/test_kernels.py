@@ -114,14 +114,15 @@ def test_product_of_few_rows(number, rows, dtype):
         assert distance(kernels.matmul(x, q, dtype), want) < 4e-3
 
 
-@pytest.mark.parametrize("tiling", [gpu.Tiling(64, blocks=2, unroll=2), gpu.Tiling(32, splits=2)])
-@pytest.mark.parametrize("prepared", [True, False])
-def test_other_tilings_of_the_product(tiling, prepared):
+@pytest.mark.parametrize(
+    "tiling", [gpu.Tiling(64, 2, lookup="table"), gpu.Tiling(32, 4, 2, lookup="tree")]
+)
+@pytest.mark.parametrize("product", [gpu.matmul, gpu.matvec])
+def test_other_tilings_of_the_product(tiling, product):
     q = weight("nf4", 64, True, (80, 512), "bfloat16")
     x = jnp.asarray(RNG.normal(size=(3, 512)), jnp.bfloat16)
-    run = functools.partial(gpu.matmul, dtype=jnp.float32, tiling=tiling, prepared=prepared)
-    got = jax.jit(functools.partial(run, interpret=True))(x, q)
-    assert distance(got, np.asarray(x, np.float64) @ wide(q).T) < 3e-3
+    run = functools.partial(product, dtype=jnp.float32, tiling=tiling, interpret=True)
+    assert distance(jax.jit(run)(x, q), np.asarray(x, np.float64) @ wide(q).T) < 3e-3
 
 
 def test_batch_axes_and_vmap():
@@ -177,9 +178,9 @@ def test_gradients_of_an_update_that_is_zero():
 # The look-up in assembly.
 
 
-def run_assembly(text: str, word: int, outputs: int) -> list[int]:
-    """What `byte_assembly` computes, for one register of input."""
-    values = {f"${outputs}": word}
+def run_assembly(text: str, inputs: list[int], outputs: int) -> list[int]:
+    """What `byte_assembly` computes."""
+    values = {f"${outputs + k}": word for k, word in enumerate(inputs)}
     read = lambda name: int(name, 0) if name[0].isdigit() else values[name]  # noqa: E731
     body = re.fullmatch(r"\{ \.reg \.b32 [\w, ]+; (.*) \}", text)
     assert body
@@ -187,10 +188,10 @@ def run_assembly(text: str, word: int, outputs: int) -> list[int]:
         operation, operands = line.split(maxsplit=1)
         result, *names = operands.replace(" ", "").split(",")
         x, y, z, *last = [*map(read, names), 0, 0]
-        if operation == "cvt.u32.u16":
-            value = x & 0xFFFF
-        elif operation == "shl.b32":
+        if operation == "shl.b32":
             value = x << y
+        elif operation == "shr.b32":
+            value = x >> y
         elif operation == "and.b32":
             value = x & y
         elif operation == "lop3.b32":
@@ -213,12 +214,13 @@ def run_assembly(text: str, word: int, outputs: int) -> list[int]:
 def test_lookup_in_assembly(kind, dtype):
     levels = codebook(kind, 64).astype(dtype)
     size = levels.dtype.itemsize
-    pairs = RNG.integers(0, 256, (24, 2), dtype=np.uint8)
+    words = [int(word) & 0xFFFFFFFF for word in gpu.byte_words(levels) for _ in range(4)]
+    fours = RNG.integers(0, 256, (12, 4), dtype=np.uint8)
     for nibble, shift in (("high", 4), ("low", 0)):
         text = gpu.byte_assembly(levels.tobytes(), size, nibble)
-        for pair in pairs:
-            words = run_assembly(text, int(pair.view("<u2")[0]), size // 2)
-            assert np.array(words, "<u4").tobytes() == levels[(pair >> shift) & 15].tobytes()
+        for four in fours:
+            found = run_assembly(text, [int(four.view("<u4")[0]), *words], size)
+            assert np.array(found, "<u4").tobytes() == levels[(four >> shift) & 15].tobytes()
 
 
 # The choice.
