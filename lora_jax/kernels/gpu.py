@@ -68,8 +68,8 @@ def matmul_tiling(m: int, q: QuantizedArray, interpret: bool = False) -> Tiling:
     """The tiling of `matmul` for m rows of x."""
     lookup = "tree" if interpret else "bytes"
     if m <= 4:
-        return Tiling(64, blocks=16 // pl.next_power_of_2(4 * m), splits=8, lookup=lookup)
-    return Tiling(128, splits=8 if m <= 16 else 4, lookup=lookup)
+        return Tiling(64, blocks=4, splits=8, stages=2, lookup=lookup)
+    return Tiling(64, splits=4 if m <= 16 else 2, lookup=lookup)
 
 
 def _divided(q: QuantizedArray, tiling: Tiling) -> tuple[int, int, int]:
