@@ -9,6 +9,8 @@ and the XLA path elsewhere:
   - The program runs on one device, or is the body of a `shard_map` over all axes of its mesh. XLA
     cannot divide a kernel among devices and would gather the codes on each; the XLA path it can.
   - The kernel takes the shape and the dtype.
+  - JAX still has Pallas' lowering through Triton, which 0.11 deprecates. It is imported when it is
+    needed, so that a JAX without it decodes by the XLA path.
 
 `with use("xla")` or `use("pallas")` forces one of the two. The latter interprets the kernel on a
 CPU, which is slow and meant for tests, and is an error wherever the kernel cannot run.
@@ -18,6 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,7 +34,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 
 from lora_jax.core.leaves import QuantizedArray
-from lora_jax.kernels import gpu, xla
+from lora_jax.kernels import xla
 
 PATHS = ("auto", "xla", "pallas")
 _path = jax.make_user_context("auto")  # a part of jit's keys: programs of another path are others
@@ -90,9 +94,9 @@ def decode_folded(
     Returns:
       `[b..., out, in]`.
     """
-    scale = jnp.asarray(scale, jnp.float32)[..., None, None]
-    b = scale * b.astype(jnp.float32)
-    return _FOLD(q, a.astype(jnp.float32), b, dtype=np.dtype(dtype or q.dtype))
+    # Where the update is zero, +0 is subtracted, which leaves even the sign of a zero as it is.
+    minus_b = jnp.asarray(-scale, jnp.float32)[..., None, None] * b.astype(jnp.float32)
+    return _FOLD(q, a.astype(jnp.float32), minus_b, dtype=np.dtype(dtype or q.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -121,15 +125,9 @@ def matmul(x: jax.Array, q: QuantizedArray, dtype: Any = None) -> jax.Array:
 # What the operations are: on the XLA path, and as a kernel of one matrix.
 
 
-def _xla_folded(q: QuantizedArray, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+def _xla_folded(q: QuantizedArray, a: jax.Array, minus_b: jax.Array, dtype: Any) -> jax.Array:
     values = xla.decode(dataclasses.replace(q, dtype=np.dtype(np.float32)))
-    update = jnp.matmul(b, a)
-    return jnp.where(update == 0, values, values + update).astype(dtype)
-
-
-def _smooth_folded(q: QuantizedArray, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    values = xla.decode(dataclasses.replace(q, dtype=np.dtype(np.float32)))
-    return (values + jnp.matmul(b, a)).astype(dtype)
+    return (values - jnp.matmul(minus_b, a)).astype(dtype)
 
 
 def _xla_matmul(x: jax.Array, q: QuantizedArray, dtype: Any) -> jax.Array:
@@ -158,7 +156,7 @@ def _decode_obstacle(q: QuantizedArray) -> str | None:
     return None
 
 
-def _fold_obstacle(q: QuantizedArray, a: jax.Array, b: jax.Array) -> str | None:
+def _fold_obstacle(q: QuantizedArray, a: jax.Array, minus_b: jax.Array) -> str | None:
     if not 32 <= q.block_size <= 256:
         return f"blocks of {q.block_size}, and not of 32 to 256"
     if a.shape[-2] > 256:
@@ -190,14 +188,12 @@ class _Operation:
       reference: the implementation for XLA, of any number of batch axes.
       kernel: the implementation for one matrix; also takes `interpret`.
       obstacle: says in a few words why the kernel does not take some arguments, or None.
-      smooth: what is differentiated.
     """
 
     primitive: Any
     reference: Callable
     kernel: Callable
     obstacle: Callable
-    smooth: Callable
 
     def __call__(self, *args: Any, **static: Any) -> jax.Array:
         path = _path.value
@@ -212,8 +208,8 @@ class _Operation:
     def chosen(self, platform: str, one_device: bool, args: Any, forced: bool) -> Callable:
         """The implementation to lower for a platform."""
         obstacle = self.obstacle(*args)
-        if platform == "cuda" and obstacle is None and not _has_ampere():
-            obstacle = None if forced else "GPUs older than Ampere"
+        if platform == "cuda" and obstacle is None and not _has_kernels():
+            obstacle = None if forced else "this machine's GPUs, or its JAX"
         if forced and obstacle is not None:
             raise ValueError(
                 f"the Pallas kernel of {self.primitive.name} does not take {obstacle}; "
@@ -237,11 +233,9 @@ class _Operation:
         return fn(*args)
 
 
-def _operation(
-    name: str, reference: Callable, kernel: Callable, obstacle: Callable, **more: Any
-) -> _Operation:
+def _operation(name: str, reference: Callable, kernel: Callable, obstacle: Callable) -> _Operation:
     primitive = jex.Primitive(name)
-    operation = _Operation(primitive, reference, kernel, obstacle, more.get("smooth", reference))
+    operation = _Operation(primitive, reference, kernel, obstacle)
 
     def restored(leaves: Sequence, tree: Any, static: tuple, fn: Callable = reference) -> Any:
         return fn(*jax.tree.unflatten(tree, leaves), **dict(static))
@@ -257,7 +251,7 @@ def _operation(
         return jax.core.ShapedArray(result.shape, result.dtype)
 
     def jvp(primals: Any, tangents: Any, *, tree: Any, static: tuple, forced: bool) -> Any:
-        fn = lambda *leaves: restored(leaves, tree, static, operation.smooth)  # noqa: E731
+        fn = lambda *leaves: restored(leaves, tree, static)  # noqa: E731
         out = primitive.bind(*primals, tree=tree, static=static, forced=forced)
         return out, jax.jvp(fn, primals, tuple(map(ad.instantiate_zeros, tangents)))[1]
 
@@ -267,7 +261,10 @@ def _operation(
         rule = mlir.lower_fun(
             lambda *leaves: restored(leaves, tree, static, fn), multiple_results=False
         )
-        return rule(ctx, *leaves)
+        with warnings.catch_warnings():
+            # Nothing that a user of this library could do about it.
+            warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+            return rule(ctx, *leaves)
 
     ad.primitive_jvps[primitive] = jvp
     for platform in ("cpu", "cuda", "rocm", "tpu"):
@@ -303,7 +300,10 @@ def _on_one_device(ctx: Any) -> bool:
     return getattr(context, "num_devices", None) == 1
 
 
-def _has_ampere() -> bool:
+def _has_kernels() -> bool:
+    """Whether the kernels compile here: JAX can lower them, and all its GPUs can run them."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return False
     try:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:
@@ -312,23 +312,27 @@ def _has_ampere() -> bool:
 
 
 def _kernel_decode(q: QuantizedArray, interpret: bool) -> jax.Array:
+    from lora_jax.kernels import gpu
+
     return gpu.decode(q, gpu.decode_tiling(q, interpret), interpret=interpret)
 
 
 def _kernel_folded(
-    q: QuantizedArray, a: jax.Array, b: jax.Array, dtype: Any, interpret: bool
+    q: QuantizedArray, a: jax.Array, minus_b: jax.Array, dtype: Any, interpret: bool
 ) -> jax.Array:
+    from lora_jax.kernels import gpu
+
     tiling = gpu.fold_tiling(q, interpret)
-    return gpu.decode_folded(q, a, b, dtype, tiling, interpret=interpret)
+    return gpu.decode_folded(q, a, minus_b, dtype, tiling, interpret=interpret)
 
 
 def _kernel_matmul(x: jax.Array, q: QuantizedArray, dtype: Any, interpret: bool) -> jax.Array:
+    from lora_jax.kernels import gpu
+
     tiling = gpu.matmul_tiling(x.shape[0], q, interpret)
     return gpu.matmul(x, q, dtype, tiling, interpret=interpret)
 
 
 _DECODE = _operation("decode", xla.decode, _kernel_decode, _decode_obstacle)
-_FOLD = _operation(
-    "decode_folded", _xla_folded, _kernel_folded, _fold_obstacle, smooth=_smooth_folded
-)
+_FOLD = _operation("decode_folded", _xla_folded, _kernel_folded, _fold_obstacle)
 _MATMUL = _operation("decode_matmul", _xla_matmul, _kernel_matmul, _matmul_obstacle)

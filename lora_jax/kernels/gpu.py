@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,9 +38,8 @@ class Tiling:
 
     Attributes:
       rows: rows of W a program handles (blocks, for plain decoding).
-      blocks: blocks along a row it handles at once.
-      unroll: how often the loop's body is written out (products only).
-      splits: programs that share a row (products only).
+      blocks: blocks along a row it handles at once (products only).
+      splits: programs that share a row.
       warps: of 32 threads, a program.
       stages: of the software pipeline.
       lookup: `"table"`, `"tree"` or `"bytes"`.
@@ -47,38 +47,56 @@ class Tiling:
 
     rows: int
     blocks: int = 1
-    unroll: int = 1
     splits: int = 1
     warps: int = 4
     stages: int = 3
-    lookup: str = "table"
+    lookup: str = "bytes"
 
 
 def decode_tiling(q: QuantizedArray, interpret: bool = False) -> Tiling:
     """The tiling of `decode`."""
     rows = max(1, min(GROUP, 4096 // q.block_size))
-    return Tiling(rows=rows, lookup="tree" if interpret else "table")
+    return Tiling(rows, lookup="tree" if interpret else "table")
 
 
 def fold_tiling(q: QuantizedArray, interpret: bool = False) -> Tiling:
     """The tiling of `decode_folded`."""
-    return Tiling(rows=64, lookup="tree" if interpret else "table")
+    return Tiling(64, splits=8, lookup="tree" if interpret else "bytes")
 
 
 def matmul_tiling(m: int, q: QuantizedArray, interpret: bool = False) -> Tiling:
     """The tiling of `matmul` for m rows of x."""
-    blocks = q.matrix_shape[1] // q.block_size
-    unroll = math.gcd(blocks, 4 if m <= 16 else 2)
-    return Tiling(rows=64, unroll=unroll, lookup="tree" if interpret else "bytes")
+    lookup = "tree" if interpret else "bytes"
+    if m <= 4:
+        return Tiling(64, blocks=4, splits=8, stages=2, lookup=lookup)
+    return Tiling(64, splits=4 if m <= 16 else 2, lookup=lookup)
+
+
+def _divided(q: QuantizedArray, tiling: Tiling) -> tuple[int, int, int]:
+    """Blocks at once, splits, and steps of each, that are all of a row's blocks together."""
+    count = q.matrix_shape[1] // q.block_size
+    blocks = math.gcd(count, tiling.blocks)
+    splits = math.gcd(count // blocks, tiling.splits)
+    return blocks, splits, count // blocks // splits
 
 
 # Levels.
 
 
-def _levels(codes: jax.Array, parts: Parts, levels: np.ndarray, lookup: str, dtype: Any) -> Any:
-    """The levels of the high and of the low nibbles of `codes`, in float32 or in 16 bits."""
+def _levels(
+    codes: jax.Array,
+    parts: Parts,
+    levels: np.ndarray,
+    lookup: str,
+    dtype: Any,
+    beside: Sequence[jax.Array] = (),
+) -> Any:
+    """The levels of the high and of the low nibbles of `codes`, in float32 or in 16 bits.
+
+    `beside` may hold two arrays in whose layout among the threads assembly has the levels.
+    """
     if lookup == "bytes":
-        return _levels_by_bytes(codes, levels, np.dtype(dtype))
+        return _levels_by_bytes(codes, parts, levels, np.dtype(dtype), beside)
     wide = codes.astype(jnp.int32)
     nibbles = (wide >> 4, wide & 15)
     if lookup == "table":
@@ -100,26 +118,29 @@ def _by_tree(nibbles: jax.Array, levels: np.ndarray) -> jax.Array:
     return select([jnp.float32(level) for level in levels], 3)
 
 
-def _levels_by_bytes(codes: jax.Array, levels: np.ndarray, dtype: np.dtype) -> list[jax.Array]:
-    shape = jax.ShapeDtypeStruct(codes.shape, dtype)
+def _levels_by_bytes(
+    codes: jax.Array, parts: Parts, levels: np.ndarray, dtype: np.dtype, beside: Sequence[jax.Array]
+) -> list[jax.Array]:
     table, size = levels.astype(dtype).tobytes(), dtype.itemsize
+    words = [jnp.full(codes.shape, parts["words"][k]) for k in range(2 * size)]
+    constraints = ["=&r"] * size + ["r"] * (1 + 4 * len(words) + 4 * len(beside[:1]))
     # One call for both would be natural, but Pallas lowers no assembly of two results. What the two
-    # have in common ptxas finds.
+    # have in common ptxas finds. It sees no use of the array beside, but Triton cannot know that.
     return [
         plt.elementwise_inline_asm(
             byte_assembly(table, size, nibble),
-            args=[codes],
-            constraints="=r,h" if size == 2 else "=r,=r,h",
-            pack=2,
-            result_shape_dtypes=[shape],
+            args=[codes, *words, *beside[number : number + 1]],
+            constraints=",".join(constraints),
+            pack=4,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, dtype)],
         )[0]
-        for nibble in ("high", "low")
+        for number, nibble in enumerate(("high", "low"))
     ]
 
 
 @functools.lru_cache
 def byte_assembly(table: bytes, size: int, nibble: str) -> str:
-    """PTX that looks up the levels of two bytes' high or low nibbles.
+    """PTX that looks up the levels of four bytes' high or low nibbles.
 
     A nibble is what `prmt` takes to choose one of eight bytes, so two of them look up one byte of
     four levels at once, from either half of the codebook; the fourth bit of each code, spread over
@@ -131,49 +152,67 @@ def byte_assembly(table: bytes, size: int, nibble: str) -> str:
       nibble: `"high"` or `"low"`.
 
     Returns:
-      Assembly whose outputs are one register of two levels or two of one, and whose input is a
-      register of two bytes.
+      Assembly whose outputs are two registers of two levels or four of one. Its inputs are a
+      register of four bytes, and four times each, as for four elements, the words `byte_words`:
+      of `prmt`'s operands one alone can be a constant, and ptxas would move the other into a
+      register before each use.
     """
-    planes = np.frombuffer(table, np.uint8).reshape(16, size).T  # byte k of every level
+    planes = _planes(np.frombuffer(table, f"u{size}"))
     pick = {"high": "0x7351", "low": "0x6240"}[nibble]
-    lines = [
-        f"cvt.u32.u16 w, ${size // 2};",
-        "shl.b32 s, w, 4;",
-        "and.b32 m, w, 0x7777;",
-        "prmt.b32 k, s, w, 0xD9C8;",
-    ]
-    for number, plane in enumerate(planes):
-        words = [int.from_bytes(plane[k : k + 4].tobytes(), "little") for k in range(0, 16, 4)]
-        lines += [
-            f"prmt.b32 p, 0x{words[0]:08X}, 0x{words[1]:08X}, m;",
-            f"prmt.b32 q, 0x{words[2]:08X}, 0x{words[3]:08X}, m;",
-            f"lop3.b32 b{number}, p, q, k, 0xD8;",
-        ]
-    if size == 2:
-        lines.append(f"prmt.b32 $0, b0, b1, {pick};")
-    else:
-        lines += [
-            f"prmt.b32 p, b0, b1, {pick};",
-            f"prmt.b32 q, b2, b3, {pick};",
-            "prmt.b32 $0, p, q, 0x5410;",
-            "prmt.b32 $1, p, q, 0x7632;",
-        ]
-    return "{ .reg .b32 w, s, m, k, p, q, b0, b1, b2, b3; " + " ".join(lines) + " }"
+    lines = [f"shl.b32 s, ${size}, 4;", f"and.b32 m, ${size}, 0x77777777;"]
+    for half, spread in enumerate(("0xD9C8", "0xFBEA")):
+        lines += ["shr.b32 m, m, 16;"] * half
+        lines.append(f"prmt.b32 k, s, ${size}, {spread};")
+        for number, plane in enumerate(planes):
+            words = [f"0x{word:08X}" for word in plane]
+            words[0], words[2] = (f"${size + 1 + 4 * k}" for k in (2 * number, 2 * number + 1))
+            lines += [
+                f"prmt.b32 p, {words[0]}, {words[1]}, m;",
+                f"prmt.b32 q, {words[2]}, {words[3]}, m;",
+                f"lop3.b32 b{number}, p, q, k, 0xD8;",
+            ]
+        if size == 2:
+            lines.append(f"prmt.b32 ${half}, b0, b1, {pick};")
+        else:
+            lines += [
+                f"prmt.b32 p, b0, b1, {pick};",
+                f"prmt.b32 q, b2, b3, {pick};",
+                f"prmt.b32 ${2 * half}, p, q, 0x5410;",
+                f"prmt.b32 ${2 * half + 1}, p, q, 0x7632;",
+            ]
+    return "{ .reg .b32 s, m, k, p, q, b0, b1, b2, b3; " + " ".join(lines) + " }"
+
+
+def byte_words(levels: np.ndarray) -> np.ndarray:
+    """The words of the levels' bytes that the assembly takes as inputs, int32."""
+    return _planes(levels)[:, ::2].reshape(-1).view(np.int32)
+
+
+def _planes(levels: np.ndarray) -> np.ndarray:
+    """Byte k of every level in row k, as four words `[size, 4]`."""
+    return levels.view(np.uint8).reshape(16, -1).T.copy().view("<u4")
 
 
 # Scales.
 
 
-def _scales(parts: Parts, index: Any, block: Any, mask: Any) -> jax.Array:
-    """The float32 scales at `index`; `block` counts the matrix's blocks in row-major order."""
-    scales = _load(parts["scales"], index, mask)
+def _raw_scales(parts: Parts, index: Any, block: Any, mask: Any) -> Parts:
+    """What the scales at `index` are computed from; `block` counts blocks in row-major order."""
+    raw: Parts = {k: _load(parts[k], index, mask) for k in ("scales", "minimum") if k in parts}
+    if "groups" in parts:
+        raw["groups"] = _load(parts["groups"], block >> GROUP_BITS, mask)
+    return raw
+
+
+def _scales_of(parts: Parts, raw: Parts) -> jax.Array:
+    """The scales in float32."""
     if "groups" not in parts:
-        return scales.astype(jnp.float32)
-    levels = parts["book"][scales.astype(jnp.int32)]
-    return _product_then_sum(levels, parts["groups"][block >> GROUP_BITS], parts["offset"][0])
+        return raw["scales"].astype(jnp.float32)
+    levels = parts["book"][raw["scales"].astype(jnp.int32)]
+    return _product_then_sum(levels, raw["groups"], parts["offset"][0])
 
 
-def _parts(q: QuantizedArray, lookup: str) -> Parts:
+def _parts(q: QuantizedArray, lookup: str, dtype: Any = np.float32) -> Parts:
     parts: Parts = {"scales": q.scales}
     if q.group_scales is not None:
         parts["groups"] = q.group_scales
@@ -181,8 +220,11 @@ def _parts(q: QuantizedArray, lookup: str) -> Parts:
         parts["offset"] = q.offset.reshape(1)
     if q.minimum is not None:
         parts["minimum"] = q.minimum
+    levels = codebook(q.kind, q.block_size)
     if lookup == "table":
-        parts["levels"] = jnp.asarray(codebook(q.kind, q.block_size))
+        parts["levels"] = jnp.asarray(levels)
+    if lookup == "bytes":
+        parts["words"] = jnp.asarray(byte_words(levels.astype(dtype)))
     return parts
 
 
@@ -266,51 +308,75 @@ def _store(ref: Any, index: Any, value: jax.Array, mask: jax.Array | None = None
 def decode_folded(
     q: QuantizedArray,
     a: jax.Array,
-    b: jax.Array,
+    minus_b: jax.Array,
     dtype: Any,
     tiling: Tiling,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`decode(q) + b @ a` in one pass over the codes, summed in float32; `[out, in]` in `dtype`."""
+    """`decode(q) - minus_b @ a` in one pass over the codes, summed in float32.
+
+    Args:
+      q: one quantized matrix, `[out, in]`.
+      a: float32 `[r, in]`.
+      minus_b: float32 `[out, r]`.
+      dtype: of the result.
+      tiling: see `fold_tiling`.
+      interpret: runs on any platform, slowly.
+
+    Returns:
+      `[out, in]`.
+    """
     (out, inn), g = q.matrix_shape, q.block_size
     h, rank = g // 2, max(16, pl.next_power_of_2(a.shape[0]))
-    rows, blocks, count = tiling.rows, tiling.blocks, inn // g
+    rows, count = tiling.rows, inn // g
     padded = pl.cdiv(out, rows) * rows
+    _, splits, steps = _divided(q, dataclasses.replace(tiling, blocks=1))
     # The tensor cores cut float32 off to ten bits of mantissa: rounding first halves the error and
-    # takes its bias away.
-    a, b = (lax.reduce_precision(x.astype(jnp.float32), 8, 10) for x in (a, b))
-    a = jnp.pad(a, ((0, rank - a.shape[0]), (0, 0))).reshape(rank, inn // 2, 2)
-    a = jnp.moveaxis(a, -1, 0)  # [2, r, in/2]: the columns of the high nibbles, and of the low
+    # takes its bias away. They want both factors' columns of r to lie together in memory.
+    a, b = (lax.reduce_precision(x, 8, 10) for x in (a, minus_b))
+    a = jnp.pad(a, ((0, rank - a.shape[0]), (0, 0)))
+    a = a.reshape(rank, inn // 2, 2).transpose(2, 1, 0)  # columns of the high nibbles, of the low
     b = jnp.pad(b, ((0, padded - out), (0, rank - b.shape[1])))
     parts = _parts(q, tiling.lookup)
     specs = _part_specs(parts, padded)
     levels = codebook(q.kind, g)
 
     def kernel(codes_ref: Any, a_ref: Any, b_ref: Any, parts: Parts, out_ref: Any) -> None:
-        at = pl.ds(pl.program_id(0) * rows, rows)
-        row = pl.program_id(0) * rows + _range(rows)
+        at = pl.ds(pl.program_id(1) * rows, rows)
+        row = pl.program_id(1) * rows + _range(rows)
         mask = None if padded == out else row < out
+        first = pl.program_id(0) * steps
         b = b_ref[at, :]  # [rows, r]
-        for k in range(blocks):
-            block = pl.program_id(1) * blocks + k
-            half = pl.ds(block * h, h)
-            codes = _load(codes_ref, (at, half), _column(mask))
-            hi, lo = _levels(codes, parts, levels, tiling.lookup, jnp.float32)
-            scales = _scales(parts, (at, block), row * count + block, mask)[:, None]
-            values = [hi * scales, lo * scales]
-            if "minimum" in parts:
-                minimum = _load(parts["minimum"], (at, block), mask).astype(jnp.float32)
-                values = [jnp.maximum(x, -3e38) + minimum[:, None] for x in values]
-            for parity, x in enumerate(values):
-                update = jnp.dot(b, a_ref[parity, :, half], preferred_element_type=jnp.float32)
-                values[parity] = _plus(x, update).astype(dtype)
-            _store(out_ref, (at, pl.ds(block * g, g)), _join(*values), _column(mask))
+
+        def ahead(block: Any) -> tuple[jax.Array, Parts]:
+            codes = _load(codes_ref, (at, pl.ds(block * h, h)), _column(mask))
+            return codes, _raw_scales(parts, (at, block), row * count + block, mask)
+
+        def step(k: Any, loaded: tuple[jax.Array, Parts]) -> tuple[jax.Array, Parts]:
+            block = first + k
+            following = ahead(first + jnp.minimum(k + 1, np.int32(steps - 1)))
+            codes, raw = loaded
+            factors = [a_ref[parity, pl.ds(block * h, h), :].T for parity in (0, 1)]
+            updates = [jnp.dot(b, a, preferred_element_type=jnp.float32) for a in factors]
+            # Beside an update, levels are looked up in the layout in which the tensor cores leave
+            # it: what passes through shared memory then is codes, an eighth of the values' bytes.
+            values = _levels(codes, parts, levels, tiling.lookup, jnp.float32, updates)
+            scales = _scales_of(parts, raw)[:, None]
+            values = [x * scales for x in values]
+            if "minimum" in raw:
+                minimum = raw["minimum"].astype(jnp.float32)[:, None]
+                values = [jnp.maximum(x, -3e38) + minimum for x in values]
+            hi, lo = ((x - update).astype(dtype) for x, update in zip(values, updates, strict=True))
+            _store(out_ref, (at, pl.ds(block * g, g)), _join(hi, lo), _column(mask))
+            return following
+
+        lax.fori_loop(np.int32(0), np.int32(steps), step, ahead(first))
 
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((out, inn), dtype),
-        grid=(padded // rows, count // blocks),
+        grid=(splits, padded // rows),
         in_specs=[_whole(q.codes, padded), _whole(a), _whole(b), specs],
         out_specs=pl.BlockSpec((padded, inn), lambda *_: (0, 0)),
         compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
@@ -319,109 +385,145 @@ def decode_folded(
     )(q.codes, a, b, parts)
 
 
-def _plus(x: jax.Array, update: jax.Array) -> jax.Array:
-    """The sum; where the update is zero, x itself, whose zero may have a sign."""
-    return jnp.where(update == 0, x, x + update)
-
-
 def matmul(
     x: jax.Array,
     q: QuantizedArray,
     dtype: Any,
     tiling: Tiling,
     *,
-    prepared: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
     """`x @ decode(q).T` for few rows, `[m, in]` in 16 bits -> `[m, out]` in `dtype`.
 
-    Levels meet x in the tensor cores, block by block, and scales the float32 sums: a column of the
+    Levels meet x in the tensor cores, and each block's float32 sums its scale: a column of the
     right operand belongs to one of `tiling.blocks` blocks and to one row of x, and is zero outside
     that block.
     """
-    (out, inn), g = q.matrix_shape, q.block_size
-    h, rows, blocks, unroll, splits = (
-        g // 2,
-        tiling.rows,
-        tiling.blocks,
-        tiling.unroll,
-        tiling.splits,
-    )
-    padded, count = pl.cdiv(out, rows) * rows, inn // g
-    m = x.shape[0]
+    (out, inn), g, m = q.matrix_shape, q.block_size, x.shape[0]
+    h, rows, count = g // 2, tiling.rows, inn // g
+    padded = pl.cdiv(out, rows) * rows
+    blocks, splits, steps = _divided(q, tiling)
     width = max(pl.next_power_of_2(m), 16 // blocks)  # rows of x, padded
-    columns, steps = width * blocks, count // blocks // unroll // splits
-    if prepared:
-        x = jnp.moveaxis(jnp.pad(x, ((0, width - m), (0, 0))).reshape(width, inn // 2, 2), -1, 0)
-    else:
-        x = x.reshape(m, inn // 2, 2)
-    parts = _parts(q, tiling.lookup)
+    columns = width * blocks
+    x = jnp.pad(x, ((0, width - m), (0, 0))).reshape(width, inn // 2, 2).transpose(2, 1, 0)
+    if blocks > 1:
+        member = np.arange(inn // 2)[:, None] // h % blocks == np.arange(blocks)
+        x = jnp.where(member[:, :, None], x[:, :, None, :], 0).reshape(2, inn // 2, columns)
+    parts = _parts(q, tiling.lookup, x.dtype)
     specs = _part_specs(parts, padded)
     levels = codebook(q.kind, g)
 
     def kernel(x_ref: Any, codes_ref: Any, parts: Parts, out_ref: Any) -> None:
-        at = pl.ds(pl.program_id(0) * rows, rows)
-        row = pl.program_id(0) * rows + _range(rows)
+        at = pl.ds(pl.program_id(1) * rows, rows)
+        row = pl.program_id(1) * rows + _range(rows)
         mask = None if padded == out else row < out
-        start = pl.program_id(1) * steps
-        of_x = _range(width)
-        masked_x = None if width == m else of_x < m
-        column = _range(columns)
-        member = _range(blocks * h)[:, None] // h == column[None, :] // width
+        start = pl.program_id(0) * steps
 
-        def operand(first: Any, parity: int) -> jax.Array:  # [blocks * h, columns]
-            if prepared:
-                part = x_ref[parity, :, pl.ds(first * h, blocks * h)]
-            else:
-                index = (slice(None), pl.ds(first * h, blocks * h), np.int32(parity))
-                part = _load(x_ref, index, _column(masked_x))
-            part = part.T
+        def ahead(k: Any) -> Parts:
+            first = (start + k) * blocks
             if blocks == 1:
-                return part
-            part = jnp.broadcast_to(part[:, None, :], (blocks * h, blocks, width))
-            return jnp.where(member, part.reshape(blocks * h, columns), 0).astype(x.dtype)
+                return _raw_scales(parts, (at, first), row * count + first, mask)
+            block = row[:, None] * count + first + _range(blocks)[None, :]
+            return _raw_scales(parts, (at, pl.ds(first, blocks)), block, _column(mask))
 
-        def part(first: Any) -> jax.Array:
-            codes = _load(codes_ref, (at, pl.ds(first * h, blocks * h)), _column(mask))
-            if blocks == 1:
-                scales = _scales(parts, (at, first), row * count + first, mask)[:, None]
-            else:
-                block = first + _range(blocks)
-                index, wide_mask = (at, pl.ds(first, blocks)), _column(mask)
-                scales = _scales(parts, index, row[:, None] * count + block[None, :], wide_mask)
-                scales = jnp.broadcast_to(scales[:, :, None], (rows, blocks, width))
-                scales = scales.reshape(rows, columns)
+        def step(k: Any, carry: tuple[jax.Array, Parts]) -> tuple[jax.Array, Parts]:
+            total, raw = carry
+            half = pl.ds((start + k) * blocks * h, blocks * h)
+            codes = _load(codes_ref, (at, half), _column(mask))
+            following = ahead(jnp.minimum(k + 1, np.int32(steps - 1)))
             hi, lo = _levels(codes, parts, levels, tiling.lookup, x.dtype)  # [rows, blocks * h]
-            product = jnp.dot(hi, operand(first, 0), preferred_element_type=jnp.float32)
-            product += jnp.dot(lo, operand(first, 1), preferred_element_type=jnp.float32)
-            return product * scales
+            sums = jnp.dot(hi, x_ref[0, half, :], preferred_element_type=jnp.float32)
+            sums += jnp.dot(lo, x_ref[1, half, :], preferred_element_type=jnp.float32)
+            scales = _scales_of(parts, raw).reshape(rows, blocks, 1)
+            scales = jnp.broadcast_to(scales, (rows, blocks, width)).reshape(rows, columns)
+            return total + sums * scales, following
 
-        def step(k: Any, total: jax.Array) -> jax.Array:
-            first = (start + k) * unroll
-            for number in range(unroll):
-                total += part((first + number) * blocks)
-            return total
-
-        total = lax.fori_loop(
-            np.int32(0), np.int32(steps), step, jnp.zeros((rows, columns), jnp.float32)
-        )
-        if blocks > 1:
+        zero = jnp.zeros((rows, columns), jnp.float32)
+        total, _ = lax.fori_loop(np.int32(0), np.int32(steps), step, (zero, ahead(np.int32(0))))
+        if columns > width:
             total = total.reshape(rows, blocks, width).sum(1)  # [rows, width]
-        y = total.T.astype(out_ref.dtype)
-        out_mask = _column(masked_x)
+        out_mask = None if width == m else (_range(width) < m)[:, None]
         if mask is not None:
             out_mask = mask[None, :] if out_mask is None else out_mask & mask[None, :]
-        _store(out_ref, (pl.program_id(1), slice(None), at), y, out_mask)
+        y = total.T.astype(out_ref.dtype)
+        _store(out_ref, (pl.program_id(0), slice(None), at), y, out_mask)
 
     y = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((splits, m, out), dtype if splits == 1 else jnp.float32),
-        grid=(padded // rows, splits),
-        in_specs=[_whole(x) if prepared else _whole(x, width), _whole(q.codes, padded), specs],
+        grid=(splits, padded // rows),
+        in_specs=[_whole(x), _whole(q.codes, padded), specs],
         out_specs=pl.BlockSpec((splits, width, padded), lambda *_: (0, 0, 0)),
         compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpret,
         name="matmul",
+    )(x, q.codes, parts)
+    return y[0] if splits == 1 else y.sum(0).astype(dtype)
+
+
+def matvec(
+    x: jax.Array,
+    q: QuantizedArray,
+    dtype: Any,
+    tiling: Tiling,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """`matmul` of so few rows that multiplying them without tensor cores is faster.
+
+    Nothing passes through shared memory: a thread multiplies the levels of its codes by x, adds
+    them up, and multiplies the sum by their block's scale, all in float32.
+    """
+    (out, inn), g, (m, _), short = q.matrix_shape, q.block_size, x.shape, x.dtype
+    h, rows, count = g // 2, tiling.rows, inn // g
+    padded = pl.cdiv(out, rows) * rows
+    blocks, splits, steps = _divided(q, tiling)
+    x = x.astype(jnp.float32).reshape(m, inn // 2, 2).transpose(0, 2, 1)
+    parts = _parts(q, tiling.lookup, short)
+    specs = _part_specs(parts, padded)
+    levels = codebook(q.kind, g)
+
+    def kernel(x_ref: Any, codes_ref: Any, parts: Parts, out_ref: Any) -> None:
+        at = pl.ds(pl.program_id(1) * rows, rows)
+        row = pl.program_id(1) * rows + _range(rows)
+        mask = None if padded == out else row < out
+        start = pl.program_id(0) * steps
+
+        def step(k: Any, totals: list[jax.Array]) -> list[jax.Array]:
+            first = (start + k) * blocks
+            half = pl.ds(first * h, blocks * h)
+            codes = _load(codes_ref, (at, half), _column(mask))
+            block = row[:, None] * count + first + _range(blocks)[None, :]
+            raw = _raw_scales(parts, (at, pl.ds(first, blocks)), block, _column(mask))
+            hi, lo = (
+                v.astype(jnp.float32) for v in _levels(codes, parts, levels, tiling.lookup, short)
+            )
+            scales = _scales_of(parts, raw)  # [rows, blocks]
+            products = [
+                hi * x_ref[i, 0, half][None] + lo * x_ref[i, 1, half][None] for i in range(m)
+            ]
+            sums = [p.reshape(rows, blocks, h).sum(2) for p in products]
+            return [total + s * scales for total, s in zip(totals, sums, strict=True)]
+
+        zeros = [jnp.zeros((rows, blocks), jnp.float32)] * m
+        totals = lax.fori_loop(np.int32(0), np.int32(steps), step, zeros)
+        for i, total in enumerate(totals):
+            _store(
+                out_ref,
+                (pl.program_id(0), np.int32(i), at),
+                total.sum(1).astype(out_ref.dtype),
+                mask,
+            )
+
+    y = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((splits, m, out), dtype if splits == 1 else jnp.float32),
+        grid=(splits, padded // rows),
+        in_specs=[_whole(x), _whole(q.codes, padded), specs],
+        out_specs=pl.BlockSpec((splits, m, padded), lambda *_: (0, 0, 0)),
+        compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        interpret=interpret,
+        name="matvec",
     )(x, q.codes, parts)
     return y[0] if splits == 1 else y.sum(0).astype(dtype)
 
