@@ -193,7 +193,7 @@ def test_truncated_files(tmp_path, capsys, number):
 def test_heads_that_are_none(tmp_path, head):
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(head).to_bytes(8, "little") + head)
-    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is broken or ends too early"):
         safetensors_headers(path)
 
 

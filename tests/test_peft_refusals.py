@@ -90,7 +90,7 @@ REFUSED = [
         ValueError,
         "layers/attn/q_proj/kernel are stored as float16, float32; write dtype=",
     ),
-    (doubled, ValueError, "is more than once in the file"),
+    (doubled, ValueError, "is there more than once"),
     (
         lambda folder: (
             save(folder, {})
