@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 LONGEST = 2**24  # bytes of JSON; the largest heads and indices of models that there are have 9 MB
-_MOST = 500_000  # objects and lists in it; a head has three for a tensor
-_DEEPEST = 64  # lists within lists: all that walks through a value does so recursively
+MOST = 500_000  # objects and lists in it; a head has three for a tensor
+DEEPEST = 64  # lists within lists: all that walks through a value does so recursively
 _LONGEST_NAME = 512  # characters
 _MOST_PACKED = 200  # times smaller than what it unpacks to; text hardly comes to 20
 _SMALL = 2**26  # bytes that may be unpacked from however few
@@ -106,20 +106,20 @@ def parse_object(content: bytes, where: str, size: int | None = None) -> dict[st
             f"{where} has {size:,} bytes of JSON, expected at most {LONGEST:,}: it is not what "
             "its name says. Fetch the file again."
         )
-    if (number := content.count(b"{") + content.count(b"[")) > _MOST:
+    if (number := content.count(b"{") + content.count(b"[")) > MOST:
         raise ValueError(
-            f"{where} has {number:,} lists and objects in its JSON, expected at most {_MOST:,}: it "
+            f"{where} has {number:,} lists and objects in its JSON, expected at most {MOST:,}: it "
             "is not what its name says. Fetch the file again."
         )
     try:
         value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {error}.") from error
+        raise ValueError(f"{where} is no JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{where} holds a JSON {type(value).__name__}, expected an object.")
-    if not _is_flat(value):
+        raise ValueError(f"{where} holds a {type(value).__name__}, expected an object.")
+    if not is_flat(value):
         raise ValueError(
-            f"{where} is JSON of more than {_DEEPEST} levels, which nothing here has: it is not "
+            f"{where} is JSON of more than {DEEPEST} levels, which nothing here has: it is not "
             "what its name says. Fetch the file again."
         )
     return value
@@ -136,10 +136,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _is_flat(value: Any) -> bool:
-    """Whether a value has few levels."""
+def is_flat(value: Any) -> bool:
+    """Whether a value of JSON has few levels."""
     level = [value]
-    for _ in range(_DEEPEST):
+    for _ in range(DEEPEST):
         children = (x.values() if isinstance(x, dict) else x for x in level)
         level = [x for each in children for x in each if isinstance(x, dict | list)]
         if not level:

@@ -234,7 +234,7 @@ def test_files_that_are_none(tmp_path, capsys, name, content, sentence):
         (lambda f: (f / "config.json").unlink(), "has no config.json, without which no model is"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
         (lambda f: (f / "config.json").write_text("{}"), "is neither that of a model, which has"),
-        (lambda f: (f / "generation_config.json").write_text("[]"), "holds a JSON list, expected"),
+        (lambda f: (f / "generation_config.json").write_text("[]"), "holds a list, expected"),
         (lambda f: write_json(f / "adapters.json", {}), "is not whole; expected a folder that lj."),
         (lambda f: (f / "adapters.json").write_text("["), "adapters.json is no JSON"),
     ],

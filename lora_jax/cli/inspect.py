@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from tyro.conf import Positional, arg
 
+from lora_jax.checkpoint import read_shapes, read_static
 from lora_jax.cli.failures import CliError, sentences
 from lora_jax.cli.found import look
 from lora_jax.cli.options import Base, LogOptions, ModelOptions, at_least
@@ -193,9 +194,9 @@ def run_folder(path: Path, reporter: Reporter) -> None:
         reporter.facts("result", _flat(result))
         reporter.event("result", **result)
     else:
-        done = steps[-1]["step"] if steps else 0
+        done = steps[-1].get("step") if steps else 0
         reporter.say()
-        reporter.say(f"It came to step {done} of {options['steps']}; {folder.resume} goes on.")
+        reporter.say(f"It came to step {done} of {options.get('steps')}; {folder.resume} goes on.")
         reporter.event("unfinished", step=done)
     if (path / "checkpoint").is_dir():
         saved_adapter(path / "checkpoint", reporter)
@@ -212,21 +213,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 def saved_adapter(path: Path, reporter: Reporter) -> None:
     """Prints what a folder of `lj.save_adapters` holds."""
-    import orbax.checkpoint as ocp
-
-    static = read_object(path / "adapters.json").get("leaves")
-    if not isinstance(static, dict) or not (path / "arrays").is_dir():
+    if "leaves" not in read_object(path / "adapters.json") or not (path / "arrays").is_dir():
         raise CliError(f"{path} is not whole; expected a folder that lj.save_adapters wrote.")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        arrays = checkpointer.metadata((path / "arrays").absolute()).item_metadata.tree
-    rows = []
-    for name, fields in arrays.items():
-        a = fields.get("a")
-        kind = "whole" if a is None else f"r={a.shape[-2]}, scale {static[name]['scale']:g}"
-        shapes = " ".join("x".join(map(str, x.shape)) for x in fields.values())
-        size = sum(math.prod(x.shape) for x in fields.values())
-        itemsize = np.dtype(next(iter(fields.values())).dtype).itemsize
-        rows.append((name, kind, shapes, size, size * itemsize))
+    rows, static = [], read_static(path)
+    for name, shapes in read_shapes(path.absolute()).items():
+        a, fields = shapes.get("a"), static[name]
+        kind = f"r={a.shape[-2]}, scale {fields['scale']:g}" if a and fields else "whole"
+        shown = " ".join("x".join(map(str, x.shape)) for x in shapes.values())
+        size = sum(math.prod(x.shape) for x in shapes.values())
+        itemsize = np.dtype(next(iter(shapes.values())).dtype).itemsize
+        rows.append((name, kind, shown, size, size * itemsize))
     _arrays("weight", rows, reporter)
 
 

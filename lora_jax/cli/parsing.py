@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from lora_jax import files
 from lora_jax.cli.failures import CliError, sentences
 
 ConfigT = TypeVar("ConfigT")
@@ -140,15 +141,8 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
       CliError: if there is no such file, or no object in it.
     """
-    with sentences(OSError, UnicodeDecodeError):
-        text = path.read_text(encoding="utf-8")
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise CliError(f"{path} is no JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise CliError(f"{path} holds a {type(values).__name__}, expected an object of options.")
-    return values
+    with sentences(OSError, ValueError):
+        return files.read_object(path)
 
 
 def from_run(kind: type[ConfigT], folder: str | None) -> ConfigT | None:

