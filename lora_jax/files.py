@@ -122,6 +122,12 @@ def parse_object(content: bytes, where: str, size: int | None = None) -> dict[st
             f"{where} is JSON of more than {DEEPEST} levels, which nothing here has: it is not "
             "what its name says. Fetch the file again."
         )
+    if b"\\u" in content:  # which can write half a character, and no text that has one can be kept
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"{where} has {half!r} in it, half a character.") from error
     return value
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import re
@@ -115,7 +116,7 @@ def from_file(kind: type[ConfigT], path: Path, *, part: bool = False) -> ConfigT
       CliError: if there is no such file, it is no JSON object, an option is none of this command's,
         has a value that it cannot have, or is missing.
     """
-    values, fields = read_object(path), _options(kind)
+    values, fields = read_object(path), _options(typing.cast(type, kind))
     for name in values:
         if name not in fields and not part:
             near = difflib.get_close_matches(name, fields, 1)
@@ -151,10 +152,12 @@ def from_run(kind: type[ConfigT], folder: str | None) -> ConfigT | None:
     return None if path is None or not path.is_file() else from_file(kind, path, part=True)
 
 
+@functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+@functools.cache
 def _options(kind: type) -> dict[str, Any]:
     """Every option of a config and its type."""
     found: dict[str, Any] = {}
@@ -197,7 +200,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     if hint is float:
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and abs(value) < 1e300
     return isinstance(value, str) if hint is Path else isinstance(value, hint)
 
 

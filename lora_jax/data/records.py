@@ -223,7 +223,7 @@ def _read_separated(path: Path, delimiter: str) -> Iterator[Record]:
             else:
                 yield Record(dict(zip(header, row, strict=True)), where)
     except csv.Error as error:
-        raise ValueError(f"{path}:{start}: malformed row ({error})") from None
+        raise ValueError(f"{path}:{start}: malformed row ({_plain(str(error))})") from None
 
 
 def _read_csv(path: Path) -> Iterator[Record]:

@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lora_jax.core.leaves import QuantizedArray
+from lora_jax.files import shown
 from lora_jax.formats.checkpoint import (
     Checkpoint,
     Naming,
@@ -39,6 +40,7 @@ from lora_jax.formats.checkpoint import (
 from lora_jax.formats.gguf_file import GgufTensor, read_head
 from lora_jax.models.decoder import DecoderConfig, parameter_shapes
 from lora_jax.models.families import from_gguf
+from lora_jax.models.fields import LARGEST, Fields
 
 _NAMING = Naming(
     whole={
@@ -111,17 +113,17 @@ def read_gguf(
         config, params = assemble(
             config, _NAMING, tensors, scan_layers=scan_layers, reading=reading
         )
-        tokenizer = _build_tokenizer(metadata)
+        tokenizer, special = _build_tokenizer(metadata), special_tokens(metadata)
+        template = chat_template(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    special = special_tokens(metadata)
     return Checkpoint(
         config=config,
         params=params,
         tokenizer=tokenizer,
         special=special,
         stop=() if special.eos is None else (special.eos,),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template,
         name=path.stem,
         digest=digest([path]),
         metadata={key: value for key, value in metadata.items() if key not in TOKENIZER_LISTS},
@@ -228,13 +230,37 @@ def _repack(
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
-    """The tokens around a text, as a file's metadata name them."""
+    """The tokens around a text, as a file's metadata name them.
+
+    Raises:
+      ValueError: If they are no tokens.
+    """
+    fields = Fields(metadata, "the GGUF metadata")
+    tokens = fields.get(TOKENIZER_LISTS[0])
+    most = len(tokens) if isinstance(tokens, list) else LARGEST
+
+    def token(name: str) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = fields.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value < most):
+            raise fields.wrong(key, value, f"a token, of which there are {most:,}")
+        return value
+
     # Files name a token that could begin a text even if the model was trained without one.
-    begins = metadata.get("tokenizer.ggml.add_bos_token", False)
-    return SpecialTokens(
-        bos=metadata.get("tokenizer.ggml.bos_token_id") if begins else None,
-        eos=metadata.get("tokenizer.ggml.eos_token_id"),
-    )
+    begins = fields.flag("tokenizer.ggml.add_bos_token")
+    return SpecialTokens(bos=token("bos") if begins else None, eos=token("eos"))
+
+
+def chat_template(metadata: Mapping[str, Any]) -> str | None:
+    """The Jinja template of a file's metadata, if there is one.
+
+    Raises:
+      ValueError: If it is no text.
+    """
+    fields, key = Fields(metadata, "the GGUF metadata"), "tokenizer.chat_template"
+    if not isinstance(template := fields.get(key), str | None):
+        raise fields.wrong(key, template, "a text")
+    return template
 
 
 def _build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -242,20 +268,27 @@ def _build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     kind, splitter = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if (kind, splitter) != ("gpt2", "smollm"):
         raise ValueError(
-            f"the tokenizer is of model {kind!r} with pre-tokenizer {splitter!r}; "
+            f"the tokenizer is of model {shown(kind)} with pre-tokenizer {shown(splitter)}; "
             "only 'gpt2' with 'smollm' can be built."
         )
-    for key in TOKENIZER_LISTS:
+    for key, element in zip(TOKENIZER_LISTS, (str, int, str), strict=True):
         if key not in metadata:
             raise ValueError(f"the GGUF metadata lacks {key!r}, without which no text can be read.")
+        values = metadata[key]
+        if not isinstance(values, list) or any(type(x) is not element for x in values):
+            raise ValueError(f"{key} is {shown(values)}, expected a list of {element.__name__}.")
     tokens, types, merges = (metadata[key] for key in TOKENIZER_LISTS)
+    if len(types) != len(tokens):
+        raise ValueError(f"there are {len(types):,} types of {len(tokens):,} tokens.")
     try:
         model = models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ")) for merge in merges],
         )
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"the tokenizer's vocabulary and merges do not fit: {error}.") from error
+        raise ValueError(
+            f"the tokenizer's vocabulary and merges do not fit: {shown(str(error))}."
+        ) from error
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

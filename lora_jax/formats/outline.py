@@ -82,7 +82,7 @@ def _folder(path: Path) -> Outline:
 
 def _gguf(path: Path) -> Outline:
     # Imported here, so that a folder is read where the package for GGUF is not installed.
-    from lora_jax.formats.gguf import TOKENIZER_LISTS, special_tokens
+    from lora_jax.formats.gguf import TOKENIZER_LISTS, chat_template, special_tokens
     from lora_jax.formats.gguf_file import read_head
 
     said, tensors = read_head(path)
@@ -91,9 +91,9 @@ def _gguf(path: Path) -> Outline:
     tied_head = all(header.name != "output.weight" for header in headers)
 
     def words() -> Words:
-        special = special_tokens(metadata)
+        special = special_tokens(said)
         stop = () if special.eos is None else (special.eos,)
-        return Words(special, stop, metadata.get("tokenizer.chat_template"))
+        return Words(special, stop, chat_template(said))
 
     return Outline(
         path.stem, headers, metadata, lambda: from_gguf(metadata, tied_head=tied_head), words

