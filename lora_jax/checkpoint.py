@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.leaves import Adapter
+from lora_jax.core.leaves import Adapter, parse_layout
 from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import combine, map_leaves, named_leaves
 from lora_jax.files import file_in, is_name, listed, read_object, shown
@@ -112,12 +112,17 @@ def load_adapters(path: str | os.PathLike, base: Any) -> Any:
     """
     folder = Path(path).absolute()
     static = read_static(folder)
-    known = {name for name, leaf in named_leaves(base)}
-    if missing := sorted(set(static) - known):
+    known = dict(named_leaves(base))
+    if missing := sorted(static.keys() - known.keys()):
         raise ValueError(
             f"{folder} holds adapters for {listed(missing)}, which this base does not have; "
             "load them with the base they were trained on"
         )
+    for name, fields in static.items():
+        shape = tuple(getattr(known[name], "shape", ()))
+        if fields is not None:
+            batch = "b " * (len(shape) - len(fields["layout"].split()))
+            parse_layout(batch + fields["layout"], shape, name)
     # Shapes first: what does not fit is not read, however large it would be.
     combine(base, _adapters(base, static, read_shapes(folder)))
     return _adapters(base, static, _read_arrays(folder))

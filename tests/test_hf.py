@@ -185,11 +185,9 @@ UP = "model.layers.2.mlp.up_proj.weight"
         (without("model.safetensors"), FileNotFoundError, "lacks model.safetensors; it has config"),
         (cut, ValueError, "model.safetensors is broken or ends too early"),
         (written("config.json", "{,}"), ValueError, "config.json is no JSON"),
-        (written("config.json", "[" * 100_000), ValueError, "config.json is no JSON"),
         (written("config.json", "[]"), ValueError, "config.json holds a list, expected an"),
         (written("tokenizer.json", "{}"), ValueError, "tokenizer.json is no tokenizer"),
         (indexed({"weight_map": {}}), ValueError, "has no weight_map"),
-        (indexed({"weight_map": {"a": "../b.safetensors"}}), ValueError, "points out of its"),
         (indexed({"weight_map": {"a": "b.safetensors"}}), FileNotFoundError, "lacks b.safetensors"),
         (rewritten(lambda w: w.pop(UP)), ValueError, f"{UP} is missing"),
         (

@@ -12,12 +12,13 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from lora_jax.files import DEEPEST, MOST, is_bomb, is_flat, is_name, shown
 
 _LONGEST_LINE = 2**24  # bytes
-_LONGEST_LIST = 2**25  # characters of a .json file, which is parsed as one value
+_LONGEST_LIST = 2**25  # bytes of a .json file, which is parsed as one value
+_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
 class Record(NamedTuple):
@@ -76,10 +77,14 @@ def format_of(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
+def _opened(path: Path) -> BinaryIO | gzip.GzipFile:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines with their numbers, from 1; a file that is not text is an error here."""
     number = unpacked = 0
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with _opened(path) as file:
         packed = path.stat().st_size
         try:
             for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
@@ -92,14 +97,42 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 # Spreadsheets put a mark in front of the first line that is no part of the text.
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}:{number}: byte {error.start} is not UTF-8; convert the file, for instance "
-                "with iconv -f latin1 -t utf-8"
-            ) from None
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{path} is a damaged gzip file behind line {number} ({error}); fetch it again"
-            ) from None
+            raise _no_text(path, number, error.start) from None
+        except _DAMAGED as error:
+            raise _damaged(path, number, error) from None
+
+
+def _whole(path: Path) -> str:
+    """All of a file at once, which is not that long."""
+    with _opened(path) as file:
+        try:
+            content = file.read(_LONGEST_LIST + 1)
+        except _DAMAGED as error:
+            raise _damaged(path, 0, error) from None
+    if len(content) > _LONGEST_LIST:
+        raise ValueError(
+            f"{path} has more than {_LONGEST_LIST:,} bytes, all of which would be read as one "
+            "value; write an object a line to a .jsonl file, for instance with jq -c '.[]'"
+        )
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start)
+        begin = content.rfind(b"\n", 0, error.start) + 1
+        raise _no_text(path, line + 1, error.start - begin) from None
+
+
+def _no_text(path: Path, number: int, byte: int) -> ValueError:
+    return ValueError(
+        f"{path}:{number}: byte {byte} is not UTF-8; convert the file, for instance "
+        "with iconv -f latin1 -t utf-8"
+    )
+
+
+def _damaged(path: Path, number: int, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is a damaged gzip file behind line {number} ({error}); fetch it again"
+    )
 
 
 def _read_json_lines(path: Path) -> Iterator[Record]:
@@ -117,19 +150,7 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    text, size = [], 0
-    for _, line in _lines(path):
-        size += len(line)
-        if size > _LONGEST_LIST:
-            raise ValueError(
-                f"{path} has more than {_LONGEST_LIST:,} characters, all of which would be read as "
-                "one value; write an object a line to a .jsonl file, for instance with jq -c '.[]'"
-            )
-        text.append(line)
-    yield from _read_list(path, "".join(text))
-
-
-def _read_list(path: Path, text: str) -> Iterator[Record]:
+    text = _whole(path)
     try:
         values = _value(text, str(path))
     except json.JSONDecodeError as error:

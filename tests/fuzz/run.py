@@ -18,7 +18,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +112,14 @@ def place(error: BaseException) -> str:
     """Where in this library an error, or what caused it, was raised."""
     while error.__cause__ is not None:
         error = error.__cause__
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "lora_jax" in frame.filename] or list(frames)
-    return f"{Path(ours[-1].filename).stem}-{ours[-1].name.strip('<>')}-{ours[-1].lineno}"
+    found, frame = "nowhere", error.__traceback__
+    while frame is not None:
+        code = frame.tb_frame.f_code
+        if "lora_jax" in code.co_filename or found == "nowhere":
+            name = os.path.basename(code.co_filename).removesuffix(".py")
+            found = f"{name}-{code.co_name.strip('<>')}-{frame.tb_lineno}"
+        frame = frame.tb_next
+    return found
 
 
 if __name__ == "__main__":
