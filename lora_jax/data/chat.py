@@ -287,7 +287,9 @@ def _compiled(template: str, now: datetime.datetime | None) -> Callable[..., str
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[Generation, jinja2.ext.loopcontrols],
-        optimized=False,  # or what is constant would be computed here, {{ "a" * 10**10 }} too
+        # Both so that nothing is computed before it is asked for, such as {{ "a" * 10**10 }}.
+        optimized=False,
+        finalize=jinja2.pass_context(lambda _, value: value),
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
