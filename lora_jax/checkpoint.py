@@ -203,6 +203,8 @@ def read_shapes(folder: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
             }
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{folder} is damaged: {name} is no array of numbers") from error
+        if fields is not None and any(len(x.shape) < 2 for x in shapes[name].values()):
+            raise ValueError(f"{folder} is damaged: {name} has factors that are no matrices")
     return shapes
 
 

@@ -35,6 +35,11 @@ def is_name(text: Any) -> bool:
     return isinstance(text, str) and text.isprintable() and 0 < len(text) <= _LONGEST_NAME
 
 
+def plain(text: str) -> str:
+    """A name as it is, or quoted where it is none, for it could have lines or colour a terminal."""
+    return text if is_name(text) else shown(text)
+
+
 def listed(names: Iterable[str], most: int = 8) -> str:
     """Some names, and how many more there are."""
     names = list(names)

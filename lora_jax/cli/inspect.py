@@ -27,6 +27,7 @@ from lora_jax.core.codebooks import GGUF_KINDS
 from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import init_adapters
 from lora_jax.data.records import read_records
+from lora_jax.files import plain
 from lora_jax.formats.outline import Header, Outline, read_outline, safetensors_headers
 from lora_jax.models.decoder import parameter_shapes
 
@@ -185,7 +186,7 @@ def run_folder(path: Path, reporter: Reporter) -> None:
     """Prints the options of a run, how far it came, and the adapter that it left."""
     folder = RunFolder(path, "finetune")
     options = read_object(path / "config.json")
-    reporter.facts("options", ((name, json.dumps(value)) for name, value in options.items()))
+    reporter.facts("options", _examples(options, most=None))
     reporter.event("config", **options)
     records = folder.records()
     steps = [record for record in records if "loss" in record]
@@ -208,7 +209,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name} ")
         else:
-            yield f"{prefix}{name}", value
+            yield plain(f"{prefix}{name}"), value if not isinstance(value, str) else plain(value)
 
 
 def saved_adapter(path: Path, reporter: Reporter) -> None:
@@ -236,7 +237,7 @@ def peft_adapter(path: Path, reporter: Reporter) -> None:
             "opening one runs whatever code it holds: save the adapter again with peft."
         )
     headers = safetensors_headers(path / _ADAPTER)
-    reporter.facts("options", ((name, json.dumps(value)) for name, value in options.items()))
+    reporter.facts("options", _examples(options, most=None))
     reporter.event("config", **options)
     _modules(headers, reporter)
     _tensors(headers, reporter)
@@ -246,7 +247,8 @@ def _modules(headers: Sequence[Header], reporter: Reporter) -> None:
     """Prints the modules that have an adapter, by the last part of their names."""
     ranks: dict[str, list[int]] = collections.defaultdict(list)
     for header in headers:
-        if match := re.fullmatch(r"(?:.*\.)?(\w+)\.lora_(?:embedding_)?A(?:\.\w+)*", header.name):
+        match = re.fullmatch(r"(?:.*\.)?(\w+)\.lora_(?:embedding_)?A(?:\.\w+)*", header.name)
+        if match and header.shape:
             ranks[match[1]].append(header.shape[0])
     rows = []
     for name, found in sorted(ranks.items()):
@@ -296,15 +298,12 @@ def records(path: Path, reporter: Reporter) -> None:
     reporter.event("records", number=len(found), columns=list(first), first=dict(first))
 
 
-def _examples(fields: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _examples(fields: Mapping[str, Any], most: int | None = _WIDTH) -> Iterable[tuple[str, str]]:
+    """Names and values, each on one line, and values cut where they are longer than most."""
     for name, value in fields.items():
-        yield name, _shown(value)
-
-
-def _shown(value: Any) -> str:
-    """A value on one line, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
+        text = json.dumps(value, ensure_ascii=most is None, default=str)
+        text = text if most is None or len(text) <= most else f"{text[: most - 1]}…"
+        yield plain(name), text if text.isprintable() else ascii(text)
 
 
 INSPECTED: Mapping[str, Callable[[Path, Reporter], None]] = {

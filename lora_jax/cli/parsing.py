@@ -30,6 +30,7 @@ ConfigT = TypeVar("ConfigT")
 
 # Where a run is and how it reports is not what it is: a config file does not say it.
 UNSAVED = ("out", "config", "resume", "log")
+_WIDTH = 80  # characters of a value that is shown
 
 
 def given(argv: Sequence[str], name: str) -> str | None:
@@ -121,13 +122,14 @@ def from_file(kind: type[ConfigT], path: Path, *, part: bool = False) -> ConfigT
         if name not in fields and not part:
             near = difflib.get_close_matches(name, fields, 1)
             raise CliError(
-                f"{path} has an option {name!r}, and there is none; "
+                f"{path} has an option {files.shown(name)}, and there is none; "
                 + (f"write {near[0]!r}." if near else "take it out.")
             )
     for name, hint in fields.items():
         if name in values and not _fits(values[name], hint):
             raise CliError(
-                f"{path} has {json.dumps(values[name])} for {name!r}, expected {_described(hint)}."
+                f"{path} has {json.dumps(values[name])[:_WIDTH]} for {name!r}, "
+                f"expected {_described(hint)}."
             )
     with sentences(ValueError):
         try:

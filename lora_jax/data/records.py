@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from lora_jax.files import DEEPEST, MOST, is_bomb, is_flat, is_name, shown
+from lora_jax.files import DEEPEST, MOST, is_bomb, is_flat, plain, shown
 
 _LONGEST_LINE = 2**24  # bytes
 _LONGEST_LIST = 2**25  # bytes of a .json file, which is parsed as one value
@@ -215,11 +215,7 @@ def _kind(value: Any) -> str:
 
 
 def _listed(names: Mapping[str, Any], most: int = 5) -> str:
-    return ", ".join([*map(_plain, list(names)[:most]), *(["..."] if len(names) > most else [])])
-
-
-def _plain(name: str) -> str:
-    return name if is_name(name) else shown(name)
+    return ", ".join([*map(plain, list(names)[:most]), *(["..."] if len(names) > most else [])])
 
 
 def _read_separated(path: Path, delimiter: str) -> Iterator[Record]:
@@ -244,7 +240,7 @@ def _read_separated(path: Path, delimiter: str) -> Iterator[Record]:
             else:
                 yield Record(dict(zip(header, row, strict=True)), where)
     except csv.Error as error:
-        raise ValueError(f"{path}:{start}: malformed row ({_plain(str(error))})") from None
+        raise ValueError(f"{path}:{start}: malformed row ({plain(str(error))})") from None
 
 
 def _read_csv(path: Path) -> Iterator[Record]:

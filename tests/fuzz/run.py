@@ -10,6 +10,7 @@ is kept as well.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -72,7 +73,7 @@ def work(name: str, runs: int, seed: int) -> None:
 
     target, corpus = TARGETS[name], CORPUS / name
     corpus.mkdir(parents=True, exist_ok=True)
-    shortest: dict[str, int] = {}
+    shortest: dict[str, tuple[int, Path]] = {}
 
     def once(data: bytes) -> None:
         try:
@@ -87,9 +88,14 @@ def work(name: str, runs: int, seed: int) -> None:
         where = f"{kind}-{place(error)}"
         if kind == "crash" and where not in shortest:
             print(f"CRASH at {where}: {type(error).__name__}: {error!s:.300}", file=sys.stderr)
-        if len(data) < shortest.get(where, KEPT):
-            shortest[where] = len(data)
-            (corpus / where).write_bytes(data)
+        size, older = shortest.get(where, (KEPT, None))
+        if len(data) < size:
+            # Without the line's number, which changes with every line above.
+            name = f"{where.rpartition('-')[0]}-{hashlib.sha256(data).hexdigest()[:8]}"
+            (corpus / name).write_bytes(data)
+            shortest[where] = len(data), corpus / name
+            if older is not None and older.name != name:
+                older.unlink(missing_ok=True)
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         if random.Random(seed).random() < SHARE:
@@ -97,8 +103,13 @@ def work(name: str, runs: int, seed: int) -> None:
         return target.mutation(data, most, seed)
 
     inputs = tempfile.mkdtemp(prefix="fuzz-inputs-")
-    for number, data in enumerate([*target.seeds(), *map(Path.read_bytes, corpus.iterdir())]):
+    before = {path: path.read_bytes() for path in sorted(corpus.iterdir())}
+    for number, data in enumerate([*target.seeds(), *before.values()]):
         (Path(inputs) / str(number)).write_bytes(data)
+    for path, data in before.items():
+        if path.name.startswith("refused"):  # kept again if it still is the shortest
+            path.unlink()
+        once(data)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # MiB
     arguments = [f"-runs={runs}", f"-seed={seed}", f"-max_len={LONGEST}", "-timeout=5"]
     arguments += [f"-rss_limit_mb={used + MEMORY}", f"-artifact_prefix={corpus}/"]
