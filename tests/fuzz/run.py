@@ -1,6 +1,7 @@
-"""Runs a fuzzer, guided by what the reader's code does with each input.
+"""Runs the fuzzers, guided by what a reader's code does with each input.
 
-    python tests/fuzz/run.py safetensors --runs 1000000
+    python tests/fuzz/run.py                        all, a million inputs each
+    python tests/fuzz/run.py gguf --runs 10000      one
 
 A crash does not end the run. The shortest input of each is kept in tests/fuzz/corpus, where
 `make test` reads them all again, and the exit status is 1. The shortest that leads to each refusal
@@ -32,19 +33,25 @@ SHARE = 0.2  # of the changes that are libFuzzer's own, which know what the code
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("target")
-    parser.add_argument("--runs", type=int, default=100_000)
+    parser.add_argument("target", nargs="?", help="a reader; all of them, if none is named")
+    parser.add_argument("--runs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     if options.worker:
         work(options.target, options.runs, options.seed)
-    return watch(options.target, sys.argv[1:])
+    if options.target is not None:
+        return watch(options.target, options.runs, options.seed)
+    from fuzz.targets import TARGETS
+
+    return max([watch(name, options.runs, options.seed) for name in TARGETS])
 
 
-def watch(target: str, arguments: list[str]) -> int:
-    """Runs the fuzzer in a process of its own, which libFuzzer ends, and sums up what it said."""
-    command = [sys.executable, __file__, *arguments, "--worker"]
+def watch(target: str, runs: int, seed: int) -> int:
+    """Runs a fuzzer in a process of its own, which libFuzzer ends, and sums up what it said."""
+    command = [sys.executable, __file__, target, f"--runs={runs}", f"--seed={seed}", "--worker"]
     said: dict[str, Any] = {"target": target, "crashes": 0}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
         assert worker.stderr is not None
@@ -54,7 +61,7 @@ def watch(target: str, arguments: list[str]) -> int:
                 said |= {"edges": edges, "features": features, "inputs": inputs}
             elif found := re.match(r"stat::(\w+):\s+(\d+)", line):
                 said[found[1]] = int(found[2])
-            else:
+            elif not line.startswith(("INFO", "WARNING", "#", "Done", '"')):
                 said["crashes"] += line.startswith("CRASH")
                 print(line, end="", flush=True)
     print(json.dumps(said), flush=True)
@@ -63,8 +70,6 @@ def watch(target: str, arguments: list[str]) -> int:
 
 def work(name: str, runs: int, seed: int) -> None:
     """Is the fuzzer."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     import atheris
 
     sys.modules.pop("zipfile", None)  # whatever imported it, it is not instrumented yet

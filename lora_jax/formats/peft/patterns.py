@@ -75,7 +75,7 @@ def _match(pattern: str, text: str, begins: int) -> bool:
         ) from None
 
 
-@functools.lru_cache(2048)
+@functools.lru_cache(1_200)  # as many as a config may have, and some
 def _parsed(pattern: str) -> Any:
     """The parts of a pattern; None if it is none."""
     try:
