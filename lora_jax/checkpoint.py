@@ -124,7 +124,7 @@ def load_adapters(path: str | os.PathLike, base: Any) -> Any:
             batch = "b " * (len(shape) - len(fields["layout"].split()))
             parse_layout(batch + fields["layout"], shape, name)
     # Shapes first: what does not fit is not read, however large it would be.
-    combine(base, _adapters(base, static, read_shapes(folder)))
+    combine(base, _adapters(base, static, read_shapes(folder, static)))
     return _adapters(base, static, _read_arrays(folder))
 
 
@@ -185,15 +185,21 @@ def _are_static(fields: Any) -> bool:
     )
 
 
-def read_shapes(folder: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+def read_shapes(
+    folder: Path, static: Mapping[str, Any]
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """The arrays of each leaf of a checkpoint, by its path: `a` and `b`, or `value`.
 
+    Args:
+      folder: the checkpoint.
+      static: what `read_static` says of it.
+
     Raises:
-      FileNotFoundError, ValueError: as `read_static`; or if the arrays are not those of its leaves.
+      ValueError: if the arrays are not those of its leaves.
     """
     found = _from_orbax(folder, lambda orbax, at: orbax.metadata(at).item_metadata.tree)
     shapes: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-    for name, fields in read_static(folder).items():
+    for name, fields in static.items():
         parts, expected = found.get(name), {"value"} if fields is None else {"a", "b"}
         if not isinstance(parts, dict) or parts.keys() != expected:
             raise ValueError(f"{folder} is damaged: {name} lacks {listed(sorted(expected))}")

@@ -75,29 +75,42 @@ def file_in(folder: Path, name: str) -> Path | None:
     return path
 
 
-def read_object(path: Path, longest: int = LONGEST) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_small(path: Path, most: int) -> bytes:
+    """The content of a file.
 
-    Args:
-      path: the file.
-      longest: bytes that it may have.
+    Raises:
+      OSError: if it cannot be read.
+      ValueError: if it has more bytes than that.
+    """
+    with path.open("rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise _too_large(str(path), f"{size:,} bytes", most)
+        return file.read(most)
+
+
+def _too_large(where: str, found: str, most: int) -> ValueError:
+    return ValueError(
+        f"{where} has {found}, expected at most {most:,}: it is not what its name says. Fetch the "
+        "file again."
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Raises:
       OSError: if it cannot be read.
       ValueError: as `parse_object`.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return parse_object(b"" if size > longest else file.read(longest), str(path), size)
+    return parse_object(read_small(path, LONGEST), str(path))
 
 
-def parse_object(content: bytes, where: str, size: int | None = None) -> dict[str, Any]:
+def parse_object(content: bytes, where: str) -> dict[str, Any]:
     """The object that some JSON describes.
 
     Args:
-      content: UTF-8; nothing, if there is too much of it to be read.
+      content: UTF-8.
       where: it stood, for messages.
-      size: bytes that it has, by default those of `content`.
 
     Returns:
       The object, of at most `LONGEST` bytes and few levels, with each name once.
@@ -105,17 +118,10 @@ def parse_object(content: bytes, where: str, size: int | None = None) -> dict[st
     Raises:
       ValueError: if it is none, or too large to be what it should.
     """
-    size = len(content) if size is None else size
-    if size > len(content) or size > LONGEST:
-        raise ValueError(
-            f"{where} has {size:,} bytes of JSON, expected at most {LONGEST:,}: it is not what "
-            "its name says. Fetch the file again."
-        )
+    if len(content) > LONGEST:
+        raise _too_large(where, f"{len(content):,} bytes", LONGEST)
     if (number := content.count(b"{") + content.count(b"[")) > MOST:
-        raise ValueError(
-            f"{where} has {number:,} lists and objects in its JSON, expected at most {MOST:,}: it "
-            "is not what its name says. Fetch the file again."
-        )
+        raise _too_large(where, f"{number:,} lists and objects", MOST)
     try:
         value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -123,10 +129,7 @@ def parse_object(content: bytes, where: str, size: int | None = None) -> dict[st
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds a {type(value).__name__}, expected an object.")
     if not is_flat(value):
-        raise ValueError(
-            f"{where} is JSON of more than {DEEPEST} levels, which nothing here has: it is not "
-            "what its name says. Fetch the file again."
-        )
+        raise _too_large(where, "lists within lists", DEEPEST)
     if b"\\u" in content:  # which can write half a character, and no text that has one can be kept
         try:
             json.dumps(value, ensure_ascii=False).encode()

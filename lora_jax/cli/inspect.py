@@ -217,9 +217,11 @@ def saved_adapter(path: Path, reporter: Reporter) -> None:
     if "leaves" not in read_object(path / "adapters.json") or not (path / "arrays").is_dir():
         raise CliError(f"{path} is not whole; expected a folder that lj.save_adapters wrote.")
     rows, static = [], read_static(path)
-    for name, shapes in read_shapes(path.absolute()).items():
-        a, fields = shapes.get("a"), static[name]
-        kind = f"r={a.shape[-2]}, scale {fields['scale']:g}" if a and fields else "whole"
+    for name, shapes in read_shapes(path.absolute(), static).items():
+        fields = static[name]
+        kind = (
+            "whole" if fields is None else f"r={shapes['a'].shape[-2]}, scale {fields['scale']:g}"
+        )
         shown = " ".join("x".join(map(str, x.shape)) for x in shapes.values())
         size = sum(math.prod(x.shape) for x in shapes.values())
         itemsize = np.dtype(next(iter(shapes.values())).dtype).itemsize

@@ -8,6 +8,7 @@ chat_template.jinja      how a conversation becomes a prompt
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, processors
 
-from lora_jax.files import file_in, shown
+from lora_jax.files import file_in, read_small, shown
 from lora_jax.formats.checkpoint import Checkpoint, SpecialTokens
 
 _LONGEST_TOKENIZER = 2**26  # bytes; that of a vocabulary of 262,144 tokens has 33 MB
@@ -127,13 +128,9 @@ def _read_tokenizer(path: Path) -> Tokenizer:
             f"{path} has no tokenizer.json; write one with transformers: "
             'AutoTokenizer.from_pretrained("...").save_pretrained("folder").'
         )
-    if (size := file.stat().st_size) > _LONGEST_TOKENIZER:
-        raise ValueError(
-            f"{file} has {size:,} bytes, expected at most {_LONGEST_TOKENIZER:,}: it is not what "
-            "its name says. Fetch the file again."
-        )
+    content = read_small(file, _LONGEST_TOKENIZER)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:  # tokenizers raises nothing narrower
         raise ValueError(
             f"{file} is no tokenizer that can be read: {shown(str(error))}."
@@ -179,13 +176,9 @@ def _ids(value: Any) -> list[int]:
 
 def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
     if (file := file_in(path, "chat_template.jinja")) is not None:
-        if (size := file.stat().st_size) > _LONGEST_TEMPLATE:
-            raise ValueError(
-                f"{file} has {size:,} bytes, expected at most {_LONGEST_TEMPLATE:,}: it is not "
-                "what its name says. Fetch the file again."
-            )
+        content = read_small(file, _LONGEST_TEMPLATE)
         try:
-            return file.read_text(encoding="utf-8")
+            return io.StringIO(content.decode(), newline=None).read()  # lines end as in any text
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
     template = settings.get("chat_template")
