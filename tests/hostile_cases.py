@@ -481,7 +481,7 @@ for name, change, sentence in (
         "layers_pattern is '(a+)+'",
     ),
     ("linked out", linked(ADAPTER_CONFIG, f"../{ADAPTER_CONFIG}"), "is a link to"),
-    ("config of 300 MB", grown(ADAPTER_CONFIG, 3 * 10**8), "has 300,000,000 bytes of JSON, expec"),
+    ("config of 300 MB", grown(ADAPTER_CONFIG, 3 * 10**8), "has 300,000,000 bytes, expec"),
     ("pickle by another name", pickled_weights, "is a pickle, whatever its name says"),
 ):
     case(f"PEFT: {name}", adapter(change), sentence)
