@@ -41,6 +41,8 @@ from lora_jax.formats.gguf_file import read_head
 from lora_jax.formats.hf import INDEX, WEIGHTS
 from lora_jax.formats.peft import read_peft
 from lora_jax.formats.tensor_file import stored_tensors
+from lora_jax.models.decoder import parameter_shapes
+from lora_jax.models.families import from_gguf, from_hf
 
 
 class Case(NamedTuple):
@@ -287,6 +289,36 @@ for kind, packed in (("Q4_0", True), ("Q4_1", False)):
     )
 
 
+def described_gguf(**changes: Any) -> Any:
+    """Metadata that are not those of a model."""
+    said = {
+        "vocab_size": 96,
+        "embedding_length": 24,
+        "feed_forward_length": 40,
+        "block_count": 3,
+        "attention.head_count": 4,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    metadata = {f"llama.{name}": x for name, x in (said | changes).items()}
+    metadata["general.architecture"] = "llama"
+    return lambda _: lambda: from_gguf(metadata, tied_head=True)
+
+
+for name, value, sentence in (
+    (
+        "block_count",
+        2**32 - 1,
+        "is 4294967295 in the GGUF metadata; expected a whole number from 1",
+    ),
+    ("attention.head_count", 0, "head_count is 0 in the GGUF metadata"),
+    ("attention.head_count", [4, 4], "head_count is [4, 4] in the GGUF metadata"),
+    ("embedding_length", -24, "llama.embedding_length is -24 in the GGUF metadata"),
+    ("rope.freq_base", float("nan"), "llama.rope.freq_base is nan in the GGUF metadata"),
+    ("rope.dimension_count", 10**9, "llama.rope.dimension_count is 1000000000 and heads are 6 wi"),
+):
+    case(f"GGUF: {name} of {value}", described_gguf(**{name: value}), sentence)
+
+
 # Folders: files that are not what they should be, or not there.
 
 
@@ -447,9 +479,6 @@ def adapter(change: Callable[[Path], Any]) -> Any:
 
 
 def base() -> Any:
-    from lora_jax.models.decoder import parameter_shapes
-    from lora_jax.models.families import from_hf
-
     return parameter_shapes(from_hf(json.loads(str(GOLDEN["config"]))))
 
 

@@ -6,6 +6,7 @@ is refused in a sentence, and everything else that is raised is a crash.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import gzip
@@ -13,6 +14,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 import zipfile
@@ -104,7 +106,9 @@ def assert_clear(error: Exception) -> None:
 @functools.cache
 def _home() -> Path:
     """A folder in memory, of this process alone."""
-    return Path(tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY))
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def written(name: str, content: bytes) -> Path:
