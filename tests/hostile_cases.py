@@ -308,7 +308,7 @@ for name, value, sentence in (
     (
         "block_count",
         2**32 - 1,
-        "is 4294967295 in the GGUF metadata; expected a whole number from 1",
+        "is 4294967295 in the GGUF metadata; expected a whole number",
     ),
     ("attention.head_count", 0, "head_count is 0 in the GGUF metadata"),
     ("attention.head_count", [4, 4], "head_count is [4, 4] in the GGUF metadata"),

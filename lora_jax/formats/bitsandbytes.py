@@ -103,7 +103,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], name: str = "weight") -> Qua
     scales = parts["nested_absmax" if state.nested else "absmax"]
     # Nested ones are products of at most 1 and these, to which the offset is added.
     largest = float(np.abs(scales).max(initial=0)) + abs(state.offset or 0.0)
-    if not largest <= np.finfo(np.float32).max:
+    if not largest <= float(np.finfo(np.float32).max):
         raise ValueError(f"the scales of {name} are NaN or infinite; repair the checkpoint first")
 
     rows = 1 if inn % state.block_size else out

@@ -20,6 +20,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def work(name: str, runs: int, seed: int) -> None:
     with atheris.instrument_imports(include=["lora_jax", "zipfile"]):
         from fuzz.targets import TARGETS, refusal
 
+    warnings.simplefilter("error")  # as in all tests
     target, corpus = TARGETS[name], CORPUS / name
     corpus.mkdir(parents=True, exist_ok=True)
     shortest: dict[str, tuple[int, Path]] = {}
