@@ -498,8 +498,10 @@ for name, change, sentence in (
     (
         "repetitions in repetitions",
         set_to(target_modules="((.*){500}){500}"),
-        "takes more than 4,000 steps to be compared with 'model.",
+        "expected a list of names or a regular expression of few repetitions",
     ),
+    ("10^5 names", set_to(modules_to_save=["a"] * 10**5), "expected a list of at most 1,024 names"),
+    ("10^5 targets", set_to(target_modules=["a"] * 10**5), "without a place in the base or the"),
     ("pattern of 10^6", set_to(target_modules="a" * 10**6), "expected a list of names or a regu"),
     ("brackets of 10^5", set_to(exclude_modules="(" * 10**5), "expected a list of names or a reg"),
     ("repeated 10^20 times", set_to(target_modules="a{99999999999999999999}"), "expected a list"),

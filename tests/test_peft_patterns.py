@@ -62,21 +62,25 @@ def test_drawn_patterns():
     for _ in range(4_000):
         pattern = drawn(rng, 4)
         name = "".join(rng.choices("ab.1", k=rng.randrange(1, 7)))
-        assert is_pattern(pattern)
+        if not is_pattern(pattern):  # three repetitions in each other
+            continue
         answer = matches(pattern, name), matches_ending(pattern, name)
         assert answer == expected(pattern, name), (pattern, name)
         found[answer[1]] += 1
     assert min(found) > 500  # neither answer is a matter of course
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(a?){30}a{30}", "((((.*)*)*)*)*x"])
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(a?){30}a{30}", "((.*)*)*x"])
 def test_what_takes_forever_to_be_tried(pattern):
     assert not matches(pattern, "model.layers.31." + "a" * 40)
 
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(", "a{99999999999999999999}", r"(a)\1", "(?>a)b", "a++", "(?i)a", "a" * 3_000, "(" * 999, 5],
+    [
+        *("(", "a{99999999999999999999}", r"(a)\1", "(?>a)b", "a++", "(?i)a", "((((.*)*)*)*)*x"),
+        *("a" * 3_000, "(" * 999, ".*" * 200, 5),
+    ],
 )
 def test_what_is_no_pattern(pattern):
     assert not is_pattern(pattern)

@@ -97,7 +97,7 @@ class _Family:
 
 
 def _is_late(fields: Fields, layer: int) -> bool:
-    return layer >= fields.count("max_window_layers")
+    return layer >= fields.count("max_window_layers", least=0)
 
 
 def _is_rotated(fields: Fields, layer: int) -> bool:

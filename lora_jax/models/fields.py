@@ -39,11 +39,13 @@ class Fields:
             raise ValueError(f"{self.where} lacks {name!r}, without which no model is defined.")
         return self.said[name]
 
-    def count(self, name: str, usual: int | None = None, *, most: int = LARGEST) -> int:
-        """A whole number from 1 on."""
+    def count(
+        self, name: str, usual: int | None = None, *, least: int = 1, most: int = LARGEST
+    ) -> int:
+        """A whole number."""
         value = self.need(name) if usual is None else self.get(name, usual)
-        if type(value) is not int or not 1 <= value <= most:
-            raise self.wrong(name, value, f"a whole number from 1 to {most:,}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.wrong(name, value, f"a whole number from {least} to {most:,}")
         return value
 
     def number(self, name: str, usual: float | None = None) -> float:

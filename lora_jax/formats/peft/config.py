@@ -15,11 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.files import file_in, listed, read_object, shown
-from lora_jax.formats.peft.patterns import is_pattern, matches, matches_ending
+from lora_jax.formats.peft.patterns import (
+    MOST_STEPS,
+    is_pattern,
+    matches,
+    matches_ending,
+    steps,
+)
 
 CONFIG = "adapter_config.json"
 _LARGEST = 1e30  # alpha, and r
-_MOST_PATTERNS = 1_024  # of ranks; a model of 126 layers has 882 modules, each perhaps with its own
+_MOST_PATTERNS = 1_024  # of ranks, or names; a model of 126 layers has 882 modules
 
 # What says nothing about the function that a finished adapter computes. `fan_in_fan_out` is about
 # the base, and peft too asks each module instead.
@@ -67,9 +73,9 @@ class PeftConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    target_modules: tuple[str, ...] | str | None = None
-    exclude_modules: tuple[str, ...] | str = ()
-    layers_to_transform: tuple[int, ...] = ()
+    target_modules: frozenset[str] | str | None = None
+    exclude_modules: frozenset[str] | str = frozenset()
+    layers_to_transform: frozenset[int] = frozenset()
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -117,11 +123,12 @@ class PeftConfig:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _named(targets: tuple[str, ...] | str | None, module: str) -> bool:
+def _named(targets: Collection[str], module: str) -> bool:
     """Whether a regular expression matches all of a name, or one of several is its ending."""
     if isinstance(targets, str):
         return matches(targets, module)
-    return any(module == name or module.endswith(f".{name}") for name in targets or ())
+    parts = module.split(".")
+    return any(".".join(parts[k:]) in targets for k in range(len(parts)))
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, usual: Any) -> Any:
@@ -203,11 +210,11 @@ def _understood(options: Mapping[str, Any]) -> PeftConfig:
         values[name] = value
     for name in ("target_modules", "exclude_modules"):
         if isinstance(values.get(name), list):
-            values[name] = tuple(values[name])
+            values[name] = frozenset(values[name])
     for name in ("layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters"):
         if name in values:
-            value = values[name]
-            values[name] = tuple(value) if isinstance(value, list) else (value,)
+            several = values[name] if isinstance(values[name], list) else [values[name]]
+            values[name] = tuple(several) if name != "layers_to_transform" else frozenset(several)
     return PeftConfig(**values)
 
 
@@ -228,16 +235,24 @@ def _names(x: Any) -> bool:
     return isinstance(x, list) and all(isinstance(name, str) for name in x)
 
 
+def _few_names(x: Any) -> bool:
+    return _names(x) and len(x) <= _MOST_PATTERNS
+
+
 def _patterns(x: Any, check: Any) -> bool:
     return (
         isinstance(x, dict)
         and len(x) <= _MOST_PATTERNS
-        and all(is_pattern(k) and check(v) for k, v in x.items())
+        and sum(map(steps, x)) <= MOST_STEPS
+        and all(map(check, x.values()))
     )
 
 
 _FLAG = (lambda x: isinstance(x, bool), "true or false")
-_NAMES = (lambda x: _names(x) or is_pattern(x), "a list of names or a regular expression")
+_NAMES = (
+    lambda x: _names(x) or is_pattern(x),
+    "a list of names or a regular expression of few repetitions",
+)
 _CHECKS = {
     "r": (_is_rank, "a whole number of at least 1"),
     "lora_alpha": (_is_number, "a number"),
@@ -251,11 +266,11 @@ _CHECKS = {
         "a whole number or a list of them",
     ),
     "layers_pattern": (
-        lambda x: all(map(_is_list_name, x if isinstance(x, list) else [x])),
+        lambda x: _is_list_name(x) or (_few_names(x) and all(map(_is_list_name, x))),
         "a name or a list of them",
     ),
-    "modules_to_save": (_names, "a list of names"),
-    "target_parameters": (_names, "a list of names"),
+    "modules_to_save": (_few_names, f"a list of at most {_MOST_PATTERNS:,} names"),
+    "target_parameters": (_few_names, f"a list of at most {_MOST_PATTERNS:,} names"),
     "rank_pattern": (lambda x: _patterns(x, _is_rank), "ranks by regular expressions"),
     "alpha_pattern": (lambda x: _patterns(x, _is_number), "numbers by regular expressions"),
 }

@@ -24,7 +24,8 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 _LONGEST = 2_000  # characters of a pattern
-_MOST_STEPS = 4_000  # of a match; those that were seen take some hundred
+MOST_STEPS = 5_000  # of a match, at most; patterns that were seen take some hundred
+_WIDTH = 40  # characters of a name, by which steps are counted beforehand
 
 _CATEGORIES: dict[Any, Callable[[str], bool]] = {
     op.CATEGORY_DIGIT: str.isdecimal,
@@ -42,40 +43,40 @@ _ASSERTIONS = (op.ASSERT, op.ASSERT_NOT)
 
 
 def is_pattern(pattern: Any) -> bool:
-    """Whether a value is a regular expression that can be matched here."""
-    return isinstance(pattern, str) and _parsed(pattern) is not None
+    """Whether a value is a regular expression that can be matched here, in a moment."""
+    return isinstance(pattern, str) and steps(pattern) <= MOST_STEPS
+
+
+def steps(pattern: str) -> int:
+    """How many steps it takes at most to compare a pattern with a name; too many, if it is none."""
+    if _plain(pattern) is not None:
+        return 1
+    parsed = _parsed(pattern)
+    return MOST_STEPS + 1 if parsed is None else _steps(parsed)
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether a pattern matches all of a text, as `re.fullmatch` has it.
-
-    Raises:
-      ValueError: if it has so many repetitions that this cannot be said in a moment.
-    """
-    return _match(pattern, text, 1)
+    """Whether a pattern matches all of a text, as `re.fullmatch` has it."""
+    return bool(_Match(text).ends(_parsed(pattern), 1) >> len(text))
 
 
 def matches_ending(pattern: str, text: str) -> bool:
-    """Whether a pattern matches all of a text, or all that is behind one of its dots.
-
-    Raises:
-      ValueError: as `matches`.
-    """
-    return _match(pattern, text, 1 | _where(text, lambda x: x == ".") << 1)
-
-
-def _match(pattern: str, text: str, begins: int) -> bool:
-    match = _Match(text)
-    try:
-        return bool(match.ends(_parsed(pattern), begins) >> len(text))
-    except OverflowError:
-        raise ValueError(
-            f"the pattern {pattern[:80]!r} takes more than {_MOST_STEPS:,} steps to be compared "
-            f"with {text!r}; write a shorter one, without repetitions in repetitions"
-        ) from None
+    """Whether a pattern matches all of a text, or all that is behind one of its dots."""
+    if (plain := _plain(pattern)) is not None:
+        return plain.match(text) is not None
+    begins = 1 | _where(text, lambda x: x == ".") << 1
+    return bool(_Match(text).ends(_parsed(pattern), begins) >> len(text))
 
 
 @functools.lru_cache(1_200)  # as many as a config may have, and some
+def _plain(pattern: str) -> re.Pattern[str] | None:
+    """A pattern without repetitions, for which there is nothing to try."""
+    if len(pattern) > _LONGEST or not re.fullmatch(r"[\w.]+", pattern):
+        return None
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+@functools.lru_cache(1_200)
 def _parsed(pattern: str) -> Any:
     """The parts of a pattern; None if it is none."""
     try:
@@ -85,6 +86,22 @@ def _parsed(pattern: str) -> Any:
     except (re.error, RecursionError, OverflowError):
         return None
     return parsed if known else None
+
+
+def _steps(parts: Iterable[Any]) -> int:
+    """How many parts are looked at, for each position where that is done one by one."""
+    count = 0
+    for kind, about in parts:
+        count += 1
+        if kind is op.BRANCH:
+            count += sum(map(_steps, about[1]))
+        elif kind is op.SUBPATTERN:
+            count += _steps(about[3])
+        elif kind in _REPEATS:
+            count += min(int(about[1]), _WIDTH) * _steps(about[2])
+        elif kind in _ASSERTIONS:
+            count += _WIDTH * _steps(about[1])
+    return count
 
 
 def _are_known(parts: Iterable[Any]) -> bool:
@@ -142,21 +159,13 @@ class _Match:
 
     def __init__(self, text: str):
         self.text = text
-        self.steps = 0
         self.characters: dict[Any, int] = {}
 
     def ends(self, parts: Iterable[Any], begins: int) -> int:
-        """Where a sequence of parts can end that begins at one of some positions.
-
-        Raises:
-          OverflowError: if that takes too long.
-        """
+        """Where a sequence of parts can end that begins at one of some positions."""
         for kind, about in parts:
             if not begins:
                 return 0
-            self.steps += 1
-            if self.steps > _MOST_STEPS:
-                raise OverflowError
             begins = self._end(kind, about, begins)
         return begins
 
