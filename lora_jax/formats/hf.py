@@ -23,7 +23,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.core.leaves import QuantizedArray
-from lora_jax.files import file_in, is_name, listed, read_object, shown
+from lora_jax.files import file_in, is_file_name, is_name, listed, read_object, shown
 from lora_jax.formats import bitsandbytes
 from lora_jax.formats.checkpoint import (
     Checkpoint,
@@ -183,8 +183,10 @@ def weight_files(folder: Path) -> list[Path]:
         if wrong := [name for name in parts.values() if not is_name(name)]:
             raise ValueError(f"{index} names a file {shown(wrong[0])}, which is no name of one.")
         names = sorted(set(parts.values()))
-        if outside := [name for name in names if name == ".." or Path(name).name != name]:
-            raise ValueError(f"{index} points out of its folder: {shown(outside[0])}.")
+        if outside := [name for name in names if not is_file_name(name) or Path(name).name != name]:
+            raise ValueError(
+                f"{index} names a file that cannot be in its folder: {shown(outside[0])}."
+            )
     files = {name: file_in(folder, name) for name in names}
     missing = [name for name, file in files.items() if file is None]
     if not missing:

