@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pyarrow.parquet
 import safetensors.numpy
 from fuzz.mutations import text, with_length
 from hf_folder import GOLDEN, tensors, write_folder
@@ -574,6 +575,12 @@ def record_pipe(folder: Path) -> Any:
     return lambda: read_records(folder / "a.jsonl")
 
 
+def packed_table(folder: Path) -> Any:
+    table = pyarrow.table({"a": np.zeros(2**25, np.int8)})
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    return lambda: read_records(folder / "a.parquet")
+
+
 ZEROS = bytes(2**27)
 for name, make, sentence in (
     ("levels", records("a.jsonl", b'{"a": ' + b"[" * 10**5), "a.jsonl:1: JSON that is no record"),
@@ -588,6 +595,7 @@ for name, make, sentence in (
         records("a.txt.gz", gzip.compress((b"a" * 10**6 + b"\n\n") * 128)),
         "out of a file of ",
     ),
+    ("rows packed", packed_table, "to 33,554,432 values, as no records do"),
     ("pipe", record_pipe, "a.jsonl is a folder, pipe or device; write the path of a file"),
 ):
     case(f"records: {name}", make, sentence)

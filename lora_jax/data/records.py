@@ -256,8 +256,14 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     from pyarrow import parquet
 
     try:
-        # In one go: the encoded texts are held in memory later on anyhow.
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            cells, size = file.metadata.num_rows * file.metadata.num_columns, path.stat().st_size
+            if is_bomb(size, 8 * cells):  # at least a pointer each
+                raise ValueError(
+                    f"{path} would unpack from {size:,} bytes to {cells:,} values, as no records do"
+                )
+            # In one go: the encoded texts are held in memory later on anyhow.
+            rows = file.read().to_pylist()
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not a Parquet file ({reason[:200]})") from None
