@@ -14,7 +14,7 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 # Two processes, each with whole files, since files share what is slow to make.
 PYTEST := $(PY) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: finetune test interop notebooks docs lint format clean
+.PHONY: finetune test interop fuzz notebooks docs lint format clean
 
 finetune: $(VENV)/.installed-run
 	$(BIN)/lora-jax finetune $(ARGS)
@@ -24,6 +24,10 @@ test: $(VENV)/.installed-test $(VENV)/.installed-foreign-models
 
 interop: $(VENV)/.installed-interop $(VENV)/.installed-tpu
 	$(PYTEST) tests/interop $(ARGS)
+
+# A million inputs for each reader, which takes an hour; of one alone: make fuzz ARGS=gguf
+fuzz: $(VENV)/.installed-fuzz
+	$(PY) tests/fuzz/run.py $(ARGS)
 
 notebooks: $(VENV)/.installed-notebooks
 	$(PY) notebooks/run.py $(ARGS)

@@ -10,16 +10,18 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lora_jax.core.leaves import Adapter
+from lora_jax.core.leaves import Adapter, parse_layout
 from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import combine, map_leaves, named_leaves
+from lora_jax.files import file_in, is_name, listed, read_object, shown
 
 FORMAT = 1
 STATIC = ("scale", "dropout", "layout")
@@ -50,6 +52,8 @@ def save_adapters(
     for name, leaf in named_leaves(adapters):
         if name in arrays:
             raise ValueError(f"two leaves are both called {name!r}; rename one")
+        if not is_name(name):
+            raise ValueError(f"a leaf is called {shown(name)}, which is no line; rename it")
         fields = {"a": leaf.a, "b": leaf.b} if isinstance(leaf, Adapter) else {"value": leaf}
         if dtype is not None:
             fields = {key: value.astype(dtype) for key, value in fields.items()}
@@ -103,52 +107,135 @@ def load_adapters(path: str | os.PathLike, base: Any) -> Any:
 
     Raises:
       FileNotFoundError: if there is no such checkpoint.
-      ValueError: if it belongs to another base: the leaves that do not fit are listed.
+      ValueError: if it belongs to another base: the leaves that do not fit are listed; or if it is
+        damaged. Values are not judged: one that is NaN is loaded as it is.
     """
-    import orbax.checkpoint as ocp
-
     folder = Path(path).absolute()
-    if not (folder / "adapters.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no adapters.json; expected a folder that save_adapters wrote"
-        )
-    try:
-        record = json.loads((folder / "adapters.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / 'adapters.json'} is damaged: {error}") from None
-    if record.get("format") != FORMAT:
+    static = read_static(folder)
+    known = dict(named_leaves(base))
+    if missing := sorted(static.keys() - known.keys()):
         raise ValueError(
-            f"{folder} has format {record.get('format')!r}, this version reads {FORMAT}; load it "
-            "with the version of lora_jax that wrote it"
-        )
-    static = record["leaves"]
-    known = {name for name, leaf in named_leaves(base)}
-    if missing := sorted(set(static) - known):
-        raise ValueError(
-            f"{folder} holds adapters for {', '.join(missing[:8])}"
-            f"{', ...' if len(missing) > 8 else ''}, which this base does not have; "
+            f"{folder} holds adapters for {listed(missing)}, which this base does not have; "
             "load them with the base they were trained on"
         )
-    # Restored as NumPy arrays and placed here: a checkpoint from eight devices must load on one.
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        like = checkpointer.metadata(folder / "arrays").item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=_numpy()), like)
-        arrays = checkpointer.restore(folder / "arrays", restore_args=as_numpy)
+    for name, fields in static.items():
+        shape = tuple(getattr(known[name], "shape", ()))
+        if fields is not None:
+            batch = "b " * (len(shape) - len(fields["layout"].split()))
+            parse_layout(batch + fields["layout"], shape, name)
+    # Shapes first: what does not fit is not read, however large it would be.
+    combine(base, _adapters(base, static, read_shapes(folder, static)))
+    return _adapters(base, static, _read_arrays(folder))
+
+
+def _adapters(base: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
+    """The tree of a base's structure with these arrays, or their shapes."""
 
     def one(name: str, leaf: Any) -> Any:
         if name not in static:
             return None
-        fields = {key: jnp.asarray(value) for key, value in arrays[name].items()}
-        if static[name] is None:
-            return fields["value"]
-        return Adapter(fields["a"], fields["b"], **static[name])
+        values, fields = arrays[name], static[name]
+        return values["value"] if fields is None else Adapter(values["a"], values["b"], **fields)
 
-    adapters = map_leaves(one, base)
-    combine(base, adapters)  # checks the shapes
-    return adapters
+    return map_leaves(one, base)
 
 
-def _numpy() -> Any:
-    import numpy as np
+def read_static(folder: Path) -> dict[str, dict[str, Any] | None]:
+    """What is static about each leaf of a checkpoint, by its path; None for arrays.
 
-    return np.ndarray
+    Raises:
+      FileNotFoundError: if there is no such checkpoint.
+      ValueError: if its record is damaged, or of another version.
+    """
+    file = file_in(folder, "adapters.json")
+    if file is None:
+        raise FileNotFoundError(
+            f"{folder} holds no adapters.json; expected a folder that save_adapters wrote"
+        )
+    try:
+        record = read_object(file)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if (version := record.get("format")) != FORMAT:
+        raise ValueError(
+            f"{folder} has format {shown(version)}, this version reads {FORMAT}; load it "
+            "with the version of lora_jax that wrote it"
+        )
+    leaves = record.get("leaves")
+    if not isinstance(leaves, dict) or not all(map(is_name, leaves)):
+        raise ValueError(f"{file} is damaged: its leaves are {shown(leaves)}, expected names")
+    for name, fields in leaves.items():
+        if not (fields is None or _are_static(fields)):
+            raise ValueError(
+                f"{file} is damaged: {name} has {shown(fields)}, expected a scale, a dropout and a "
+                "layout"
+            )
+    return leaves
+
+
+def _are_static(fields: Any) -> bool:
+    return (
+        isinstance(fields, dict)
+        and fields.keys() == set(STATIC)
+        and type(fields["scale"]) in (int, float)
+        and abs(fields["scale"]) <= float(jnp.finfo(jnp.float32).max)
+        and type(fields["dropout"]) in (int, float)
+        and 0 <= fields["dropout"] < 1
+        and is_name(fields["layout"])
+    )
+
+
+def read_shapes(
+    folder: Path, static: Mapping[str, Any]
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """The arrays of each leaf of a checkpoint, by its path: `a` and `b`, or `value`.
+
+    Args:
+      folder: the checkpoint.
+      static: what `read_static` says of it.
+
+    Raises:
+      ValueError: if the arrays are not those of its leaves.
+    """
+    found = _from_orbax(folder, lambda orbax, at: orbax.metadata(at).item_metadata.tree)
+    shapes: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for name, fields in static.items():
+        parts, expected = found.get(name), {"value"} if fields is None else {"a", "b"}
+        if not isinstance(parts, dict) or parts.keys() != expected:
+            raise ValueError(f"{folder} is damaged: {name} lacks {listed(sorted(expected))}")
+        try:
+            shapes[name] = {
+                key: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for key, x in parts.items()
+            }
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{folder} is damaged: {name} is no array of numbers") from error
+        if fields is not None and any(len(x.shape) < 2 for x in shapes[name].values()):
+            raise ValueError(f"{folder} is damaged: {name} has factors that are no matrices")
+    return shapes
+
+
+def _read_arrays(folder: Path) -> Any:
+    """The arrays themselves, in the place that `read_shapes` has their shapes."""
+    import orbax.checkpoint as ocp
+
+    def restore(orbax: Any, at: Path) -> Any:
+        # As NumPy arrays, placed here: a checkpoint from eight devices must load on one.
+        like = orbax.metadata(at).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        return jax.tree.map(jnp.asarray, orbax.restore(at, restore_args=as_numpy))
+
+    return _from_orbax(folder, restore)
+
+
+def _from_orbax(folder: Path, read: Callable[[Any, Path], Any]) -> Any:
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.PyTreeCheckpointer() as orbax:
+            return read(orbax, folder / "arrays")
+    except Exception as error:  # of several libraries below, each with errors of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"the arrays of {folder} are damaged or not there: {shown(reason)}; save the adapters "
+            "again"
+        ) from error

@@ -2,6 +2,7 @@
 
 The rooms, from the ground up; a room imports itself and the rooms named beside it, nothing else:
 
+    files                         what others wrote; the standard library
     core, kernels                 the idea; jax, numpy and chex
     optim checkpoint sharding ... one noun each, on core alone
     models -> formats, generate   the only users of Flax
@@ -21,23 +22,33 @@ import pytest
 PACKAGE = Path(importlib.util.find_spec("lora_jax").submodule_search_locations[0])
 
 ON_CORE = {"core", "kernels"}
-TRAIN = ON_CORE | {"optim", "checkpoint", "sharding", "memory", "data", "models", "formats"}
+TRAIN = ON_CORE | {
+    "files",
+    "optim",
+    "checkpoint",
+    "sharding",
+    "memory",
+    "data",
+    "models",
+    "formats",
+}
 ROOMS = {
+    "files": set(),
     "core": ON_CORE,
     "kernels": ON_CORE,
     "optim": ON_CORE,
-    "checkpoint": ON_CORE,
+    "checkpoint": ON_CORE | {"files"},
     "sharding": ON_CORE,
     "memory": ON_CORE,
     "init": ON_CORE,
     "arithmetic": ON_CORE,
     "analysis": ON_CORE,
     "bank": ON_CORE,
-    "models": ON_CORE,
+    "models": ON_CORE | {"files"},
     "nnx": ON_CORE,
-    "formats": ON_CORE | {"models"},
+    "formats": ON_CORE | {"files", "models"},
     "generate": ON_CORE | {"models"},
-    "data": set(),
+    "data": {"files"},
     "train": TRAIN,
     "sweep": TRAIN | {"train"},
     "cli": TRAIN | {"train", "sweep", "generate", "init", "arithmetic", "analysis", "bank"},

@@ -122,7 +122,7 @@ def test_what_is_too_long_is_counted(files, tmp_path, capsys):
 BROKEN = {
     "no file": (None, "config.json cannot be read: No such file or directory"),
     "no JSON": ("{", "is no JSON: Expecting property name"),
-    "no object": ("[1]", "holds a list, expected an object of options"),
+    "no object": ("[1]", "holds a list, expected an object"),
     "an unknown option": ({"stepz": 3}, "has an option 'stepz', and there is none; write 'steps'"),
     "another type": ({"steps": "many"}, "has \"many\" for 'steps', expected a whole number"),
     "no such choice": ({"base": "nf5"}, 'has "nf5" for \'base\', expected one of "nf4"'),

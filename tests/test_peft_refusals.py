@@ -55,8 +55,8 @@ REFUSED = [
     (without(WEIGHTS), FileNotFoundError, "lacks adapter_model.safetensors; it has adapter_config"),
     (pickled, ValueError, "in a pickle (adapter_model.bin) and not in safetensors"),
     (cut, ValueError, "adapter_model.safetensors is broken or ends too early"),
-    (written(CONFIG, "{,}"), ValueError, "is not valid JSON"),
-    (written(CONFIG, "[]"), ValueError, "holds a JSON list, expected an object"),
+    (written(CONFIG, "{,}"), ValueError, "is no JSON"),
+    (written(CONFIG, "[]"), ValueError, "holds a list, expected an object"),
     (set_to(peft_type="LOHA"), ValueError, "peft_type is 'LOHA'; only 'LORA' can be read"),
     (set_to(r=0), ValueError, "r is 0, expected a whole number of at least 1"),
     (set_to(r=True), ValueError, "r is True, expected a whole number"),
@@ -90,7 +90,7 @@ REFUSED = [
         ValueError,
         "layers/attn/q_proj/kernel are stored as float16, float32; write dtype=",
     ),
-    (doubled, ValueError, "is more than once in the file"),
+    (doubled, ValueError, "is there more than once"),
     (
         lambda folder: (
             save(folder, {})

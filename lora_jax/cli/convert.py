@@ -16,7 +16,7 @@ from lora_jax.checkpoint import save_adapters
 from lora_jax.cli.failures import CliError, on_interrupt, sentences, writing
 from lora_jax.cli.found import KINDS, Found, look
 from lora_jax.cli.options import Base, LogOptions, ModelOptions, at_least
-from lora_jax.cli.parsing import from_run, read_object
+from lora_jax.cli.parsing import read_object
 from lora_jax.cli.problem import HUB_NAMES, load_adapter, read_for
 from lora_jax.cli.report import Reporter, Rounds, mebibytes
 from lora_jax.formats import read_model
@@ -165,7 +165,7 @@ def _model_options(found: Found, options: Subject) -> ModelOptions:
     if found.kind in MODELS:
         model = ModelOptions(str(found.path), base="float32")
     elif found.kind == "run":
-        model = from_run(ModelOptions, str(found.path)) or ModelOptions()
+        model = ModelOptions.of_run(str(found.path))
     elif (name := options.model or _named_model(found)) is not None:
         model = ModelOptions(name, base="float32")
     else:

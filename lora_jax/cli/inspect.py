@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from tyro.conf import Positional, arg
 
+from lora_jax.checkpoint import read_shapes, read_static
 from lora_jax.cli.failures import CliError, sentences
 from lora_jax.cli.found import look
 from lora_jax.cli.options import Base, LogOptions, ModelOptions, at_least
@@ -26,6 +27,7 @@ from lora_jax.core.codebooks import GGUF_KINDS
 from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import init_adapters, map_leaves
 from lora_jax.data.records import read_records
+from lora_jax.files import plain
 from lora_jax.formats.outline import Header, Outline, read_outline, safetensors_headers
 from lora_jax.models.decoder import parameter_shapes
 
@@ -177,7 +179,7 @@ def run_folder(path: Path, reporter: Reporter) -> None:
     """Prints the options of a run, how far it came, and the adapter that it left."""
     folder = RunFolder(path, "finetune")
     options = read_object(path / "config.json")
-    reporter.facts("options", ((name, json.dumps(value)) for name, value in options.items()))
+    reporter.facts("options", _examples(options, most=None))
     reporter.event("config", **options)
     records = folder.records()
     steps = [record for record in records if "loss" in record]
@@ -186,9 +188,9 @@ def run_folder(path: Path, reporter: Reporter) -> None:
         reporter.facts("result", _flat(result))
         reporter.event("result", **result)
     else:
-        done = steps[-1]["step"] if steps else 0
+        done = steps[-1].get("step") if steps else 0
         reporter.say()
-        reporter.say(f"It came to step {done} of {options['steps']}; {folder.resume} goes on.")
+        reporter.say(f"It came to step {done} of {options.get('steps')}; {folder.resume} goes on.")
         reporter.event("unfinished", step=done)
     if (path / "checkpoint").is_dir():
         saved_adapter(path / "checkpoint", reporter)
@@ -200,26 +202,23 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name} ")
         else:
-            yield f"{prefix}{name}", value
+            yield plain(f"{prefix}{name}"), value if not isinstance(value, str) else plain(value)
 
 
 def saved_adapter(path: Path, reporter: Reporter) -> None:
     """Prints what a folder of `lj.save_adapters` holds."""
-    import orbax.checkpoint as ocp
-
-    static = read_object(path / "adapters.json").get("leaves")
-    if not isinstance(static, dict) or not (path / "arrays").is_dir():
+    if "leaves" not in read_object(path / "adapters.json") or not (path / "arrays").is_dir():
         raise CliError(f"{path} is not whole; expected a folder that lj.save_adapters wrote.")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        arrays = checkpointer.metadata((path / "arrays").absolute()).item_metadata.tree
-    rows = []
-    for name, fields in arrays.items():
-        a = fields.get("a")
-        kind = "whole" if a is None else f"r={a.shape[-2]}, scale {static[name]['scale']:g}"
-        shapes = " ".join("x".join(map(str, x.shape)) for x in fields.values())
-        size = sum(math.prod(x.shape) for x in fields.values())
-        itemsize = np.dtype(next(iter(fields.values())).dtype).itemsize
-        rows.append((name, kind, shapes, size, size * itemsize))
+    rows, static = [], read_static(path)
+    for name, shapes in read_shapes(path.absolute(), static).items():
+        fields = static[name]
+        kind = (
+            "whole" if fields is None else f"r={shapes['a'].shape[-2]}, scale {fields['scale']:g}"
+        )
+        shown = " ".join("x".join(map(str, x.shape)) for x in shapes.values())
+        size = sum(math.prod(x.shape) for x in shapes.values())
+        itemsize = np.dtype(next(iter(shapes.values())).dtype).itemsize
+        rows.append((name, kind, shown, size, size * itemsize))
     _arrays("weight", rows, reporter)
 
 
@@ -233,7 +232,7 @@ def peft_adapter(path: Path, reporter: Reporter) -> None:
             "opening one runs whatever code it holds: save the adapter again with peft."
         )
     headers = safetensors_headers(path / _ADAPTER)
-    reporter.facts("options", ((name, json.dumps(value)) for name, value in options.items()))
+    reporter.facts("options", _examples(options, most=None))
     reporter.event("config", **options)
     _modules(headers, reporter)
     _tensors(headers, reporter)
@@ -301,15 +300,12 @@ def records(path: Path, reporter: Reporter) -> None:
     reporter.event("records", number=len(found), columns=list(first), first=dict(first))
 
 
-def _examples(fields: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _examples(fields: Mapping[str, Any], most: int | None = _WIDTH) -> Iterable[tuple[str, str]]:
+    """Names and values, each on one line, and values cut where they are longer than most."""
     for name, value in fields.items():
-        yield name, _shown(value)
-
-
-def _shown(value: Any) -> str:
-    """A value on one line, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
+        text = json.dumps(value, ensure_ascii=most is None, default=str)
+        text = text if most is None or len(text) <= most else f"{text[: most - 1]}…"
+        yield plain(name), text if text.isprintable() else ascii(text)
 
 
 INSPECTED: Mapping[str, Callable[[Path, Reporter], None]] = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import re
@@ -22,12 +23,14 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from lora_jax import files
 from lora_jax.cli.failures import CliError, sentences
 
 ConfigT = TypeVar("ConfigT")
 
 # Where a run is and how it reports is not what it is: a config file does not say it.
 UNSAVED = ("out", "config", "resume", "log")
+_WIDTH = 80  # characters of a value that is shown
 
 
 def given(argv: Sequence[str], name: str) -> str | None:
@@ -114,18 +117,19 @@ def from_file(kind: type[ConfigT], path: Path, *, part: bool = False) -> ConfigT
       CliError: if there is no such file, it is no JSON object, an option is none of this command's,
         has a value that it cannot have, or is missing.
     """
-    values, fields = read_object(path), _options(kind)
+    values, fields = read_object(path), _options(typing.cast(type, kind))
     for name in values:
         if name not in fields and not part:
             near = difflib.get_close_matches(name, fields, 1)
             raise CliError(
-                f"{path} has an option {name!r}, and there is none; "
+                f"{path} has an option {files.shown(name)}, and there is none; "
                 + (f"write {near[0]!r}." if near else "take it out.")
             )
     for name, hint in fields.items():
         if name in values and not _fits(values[name], hint):
             raise CliError(
-                f"{path} has {json.dumps(values[name])} for {name!r}, expected {_described(hint)}."
+                f"{path} has {json.dumps(values[name])[:_WIDTH]} for {name!r}, "
+                f"expected {_described(hint)}."
             )
     with sentences(ValueError):
         try:
@@ -140,15 +144,8 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
       CliError: if there is no such file, or no object in it.
     """
-    with sentences(OSError, UnicodeDecodeError):
-        text = path.read_text(encoding="utf-8")
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise CliError(f"{path} is no JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise CliError(f"{path} holds a {type(values).__name__}, expected an object of options.")
-    return values
+    with sentences(OSError, ValueError):
+        return files.read_object(path)
 
 
 def from_run(kind: type[ConfigT], folder: str | None) -> ConfigT | None:
@@ -157,10 +154,12 @@ def from_run(kind: type[ConfigT], folder: str | None) -> ConfigT | None:
     return None if path is None or not path.is_file() else from_file(kind, path, part=True)
 
 
+@functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+@functools.cache
 def _options(kind: type) -> dict[str, Any]:
     """Every option of a config and its type."""
     found: dict[str, Any] = {}
@@ -203,7 +202,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     if hint is float:
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and abs(value) < 1e300
     return isinstance(value, str) if hint is Path else isinstance(value, hint)
 
 

@@ -64,7 +64,7 @@ class Reporter:
         self.say()
         self.say(title)
         pairs = list(pairs)
-        width = max(len(name) for name, _ in pairs)
+        width = max((len(name) for name, _ in pairs), default=0)
         for name, value in pairs:
             text = f"{value:.4g}" if isinstance(value, float) else value
             self.say(f"  {name:<{width}}  {text}")

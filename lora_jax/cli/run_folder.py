@@ -17,6 +17,7 @@ from lora_jax.checkpoint import save_adapters
 from lora_jax.cli.failures import CliError, uninterrupted, writing
 from lora_jax.cli.parsing import to_json
 from lora_jax.core.rules import LoraRule
+from lora_jax.files import parse_object
 from lora_jax.formats.peft import write_peft
 from lora_jax.train import Checkpoints
 
@@ -148,13 +149,13 @@ class RunFolder:
     def records(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, without those that were not written to their end."""
         try:
-            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            content = (self.path / "metrics.jsonl").read_bytes()
         except FileNotFoundError:
             return []
         found = []
-        for line in lines:
+        for line in content.splitlines():
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
+                found.append(parse_object(line, "metrics.jsonl"))
         return found
 
     def rewind(self, step: int) -> None:

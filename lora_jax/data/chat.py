@@ -26,6 +26,7 @@ from lora_jax.data import templates
 from lora_jax.data.encoding import Encoded, SpecialTokens, Tokenizer, encodings, make_encoded
 from lora_jax.data.records import Record
 from lora_jax.data.tasks import Task
+from lora_jax.files import shown
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -68,7 +69,7 @@ class Chat(Task):
         if isinstance(messages, str):
             try:
                 messages = json.loads(messages)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 messages = None
         if not isinstance(messages, list) or not all(
             isinstance(message, Mapping) and "role" in message for message in messages
@@ -283,7 +284,12 @@ def _compiled(template: str, now: datetime.datetime | None) -> Callable[..., str
         )
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, jinja2.ext.loopcontrols],
+        # Both so that nothing is computed before it is asked for, such as {{ "a" * 10**10 }}.
+        optimized=False,
+        finalize=jinja2.pass_context(lambda _, value: value),
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
@@ -296,3 +302,5 @@ def _compiled(template: str, now: datetime.datetime | None) -> Callable[..., str
         raise ValueError(
             f"the chat template is malformed in line {error.lineno}: {error.message}"
         ) from None
+    except (ValueError, RecursionError, MemoryError) as error:  # as Python's own parser refuses it
+        raise ValueError(f"the chat template cannot be compiled: {shown(str(error))}") from None

@@ -240,17 +240,13 @@ def assemble(
         pattern of `quantize` matches nothing.
     """
     config = dataclasses.replace(config, scan_layers=True)
-    if config.num_layers > len(tensors):
+    parts = config.num_layers * max(1, config.num_experts)
+    if parts > len(tensors):  # before all that they would be called is listed
         raise ValueError(
-            f"the metadata describe {config.num_layers:,} layers, but there are {len(tensors):,} "
-            "tensors in all"
+            f"the metadata describe {config.num_layers:,} layers of {config.num_experts:,} experts "
+            f"each, but there are {len(tensors):,} tensors in all"
         )
-    try:
-        shapes = parameter_shapes(config)
-    except OverflowError as error:
-        sizes = ("vocab_size", "dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
-        listed = ", ".join(f"{name}={getattr(config, name):,}" for name in sizes)
-        raise ValueError(f"the metadata describe sizes that no array has: {listed}") from error
+    shapes = parameter_shapes(config)
     places = naming.places(config, shapes)
     expected = {name: place.shape(shapes) for name, place in places.items()}
     tensors = _compared(expected, tensors, strict=reading.strict)

@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lora_jax.core.leaves import QuantizedArray
+from lora_jax.files import shown
 from lora_jax.formats.checkpoint import (
     Checkpoint,
     Naming,
@@ -36,8 +37,10 @@ from lora_jax.formats.checkpoint import (
     assemble,
     digest,
 )
+from lora_jax.formats.gguf_file import GgufTensor, read_head
 from lora_jax.models.decoder import DecoderConfig, parameter_shapes
 from lora_jax.models.families import from_gguf
+from lora_jax.models.fields import LARGEST, Fields
 
 _NAMING = Naming(
     whole={
@@ -61,6 +64,8 @@ _NAMING = Naming(
 # The types that a kernel may stay in, by what the core calls them.
 _PACKED = {"Q4_0": "q4_0", "Q4_1": "q4_1"}
 _BLOCK = 32  # elements of a block of either
+# The types without scales. A value of theirs that is NaN is the model's own, and read as it is.
+_PLAIN = ("F32", "F16", "BF16")
 
 # What a tokenizer is built from: tokens, their types and the merges, a string or number for each.
 TOKENIZER_LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
@@ -98,62 +103,40 @@ def read_gguf(
         be stacked.
     """
     path = Path(path)
-    reader = open_gguf(path)
+    metadata, stored = read_head(path)
     try:
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        tied_head = all(tensor.name != "output.weight" for tensor in reader.tensors)
+        tied_head = all(tensor.name != "output.weight" for tensor in stored)
         config = from_gguf(metadata, tied_head=tied_head)
         config = dataclasses.replace(config, param_dtype=dtype)
-        staying = _packed_kernels(reader.tensors, config, scan_layers) if packed else {}
-        tensors = [_tensor(tensor, config, staying.get(tensor.name)) for tensor in reader.tensors]
+        staying = _packed_kernels(stored, config, scan_layers) if packed else {}
+        tensors = [_tensor(tensor, config, staying.get(tensor.name)) for tensor in stored]
         config, params = assemble(
             config, _NAMING, tensors, scan_layers=scan_layers, reading=reading
         )
-        tokenizer = _build_tokenizer(metadata)
+        tokenizer, special = _build_tokenizer(metadata), special_tokens(metadata)
+        template = chat_template(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    special = special_tokens(metadata)
     return Checkpoint(
         config=config,
         params=params,
         tokenizer=tokenizer,
         special=special,
         stop=() if special.eos is None else (special.eos,),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template,
         name=path.stem,
         digest=digest([path]),
         metadata={key: value for key, value in metadata.items() if key not in TOKENIZER_LISTS},
     )
 
 
-def open_gguf(path: Path) -> gguf.GGUFReader:
-    """Opens a file; of its tensors nothing is read yet.
-
-    Raises:
-      FileNotFoundError: If there is none.
-      ValueError: If it is no GGUF file, or ends too early.
-    """
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ValueError(f"{path} is not a GGUF file: it begins with {magic!r}, not with b'GGUF'.")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        # The reader indexes into the mapped file without looking where it ends.
-        raise ValueError(
-            f"{path} is broken or ends too early ({path.stat().st_size:,} bytes): the GGUF reader "
-            f"says {str(error)!r}. Fetch the file again."
-        ) from error
-
-
 def _packed_kernels(
-    tensors: Iterable[gguf.ReaderTensor], config: DecoderConfig, scan_layers: bool
+    tensors: Iterable[GgufTensor], config: DecoderConfig, scan_layers: bool
 ) -> dict[str, str]:
     """The kernels that may stay in 4 bits by their names, and the kind that each is to have."""
     places = _NAMING.places(config, parameter_shapes(config))
     kernels = {name for name, place in places.items() if place.path.endswith("/kernel")}
-    types = {x.name: x.tensor_type.name for x in tensors if x.name in kernels}
+    types = {x.name: x.kind.name for x in tensors if x.name in kernels}
     found = {name: _PACKED[kind] for name, kind in types.items() if kind in _PACKED}
     if types and not found:
         counts = collections.Counter(types.values())
@@ -170,7 +153,7 @@ def _packed_kernels(
     return {name: "q4_1" if "q4_1" in kinds[places[name].path] else "q4_0" for name in found}
 
 
-def _tensor(tensor: gguf.ReaderTensor, config: DecoderConfig, kind: str | None) -> Tensor:
+def _tensor(tensor: GgufTensor, config: DecoderConfig, kind: str | None) -> Tensor:
     """The tensor as it is to be read, its rows in the decoder's order.
 
     That is float32 [out, in] or [D], or what stays packed of the given kind.
@@ -179,18 +162,32 @@ def _tensor(tensor: gguf.ReaderTensor, config: DecoderConfig, kind: str | None) 
     heads = turned.get(tensor.name.split(".", 2)[-1])
 
     def read() -> np.ndarray | QuantizedArray:
-        rows = tensor.data if heads is None else _unpermute(tensor.data, heads)
+        rows = tensor.read()
+        rows = rows if heads is None else _unpermute(rows, heads)
         if kind is not None:
-            return _repack(rows, _PACKED[tensor.tensor_type.name], kind, config.param_dtype)
-        try:
-            return gguf.dequantize(rows, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"the tensor {tensor.name!r} is stored as {tensor.tensor_type.name}, "
-                "which the gguf package cannot decode."
-            ) from error
+            return _repack(tensor.name, rows, _PACKED[tensor.kind.name], kind, config.param_dtype)
+        return _decoded(tensor, rows)
 
-    return Tensor(tensor.name, tuple(int(n) for n in reversed(tensor.shape)), read)
+    return Tensor(tensor.name, tensor.shape, read)
+
+
+def _decoded(tensor: GgufTensor, rows: np.ndarray) -> np.ndarray:
+    """The values of rows of bytes in float32."""
+    try:
+        with np.errstate(invalid="ignore", over="ignore"):  # scales that are not finite: see below
+            values = gguf.dequantize(rows, tensor.kind)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the tensor {tensor.name!r} is stored as {tensor.kind.name}, "
+            "which the gguf package cannot decode."
+        ) from error
+    if tensor.kind.name not in _PLAIN and not np.isfinite(values).all():
+        raise _spoilt(tensor.name)
+    return values
+
+
+def _spoilt(name: str) -> ValueError:
+    return ValueError(f"the scales of {name} are NaN or infinite; fetch the file again")
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -200,7 +197,9 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(out, width)
 
 
-def _repack(rows: np.ndarray, stored: str, kind: str, dtype: DTypeLike) -> QuantizedArray:
+def _repack(
+    name: str, rows: np.ndarray, stored: str, kind: str, dtype: DTypeLike
+) -> QuantizedArray:
     """Rows of blocks, `[out, bytes]`, as a leaf of the same codes.
 
     A block is a float16 scale, in Q4_1 a float16 minimum, and 16 bytes. Byte k holds element k in
@@ -209,6 +208,8 @@ def _repack(rows: np.ndarray, stored: str, kind: str, dtype: DTypeLike) -> Quant
     head = 4 if stored == "q4_1" else 2  # bytes
     blocks = rows.reshape(len(rows), -1, head + _BLOCK // 2)  # [out, in/32, bytes of a block]
     halves = np.ascontiguousarray(blocks[..., :head]).view(np.float16)
+    if not np.isfinite(halves).all():
+        raise _spoilt(name)
     nibbles = blocks[..., head:]
     codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)  # [out, in/32, 32]
     codes = codes.reshape(len(rows), -1)
@@ -229,13 +230,37 @@ def _repack(rows: np.ndarray, stored: str, kind: str, dtype: DTypeLike) -> Quant
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
-    """The tokens around a text, as a file's metadata name them."""
+    """The tokens around a text, as a file's metadata name them.
+
+    Raises:
+      ValueError: If they are no tokens.
+    """
+    fields = Fields(metadata, "the GGUF metadata")
+    tokens = fields.get(TOKENIZER_LISTS[0])
+    most = len(tokens) if isinstance(tokens, list) else LARGEST
+
+    def token(name: str) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = fields.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value < most):
+            raise fields.wrong(key, value, f"a token, of which there are {most:,}")
+        return value
+
     # Files name a token that could begin a text even if the model was trained without one.
-    begins = metadata.get("tokenizer.ggml.add_bos_token", False)
-    return SpecialTokens(
-        bos=metadata.get("tokenizer.ggml.bos_token_id") if begins else None,
-        eos=metadata.get("tokenizer.ggml.eos_token_id"),
-    )
+    begins = fields.flag("tokenizer.ggml.add_bos_token")
+    return SpecialTokens(bos=token("bos") if begins else None, eos=token("eos"))
+
+
+def chat_template(metadata: Mapping[str, Any]) -> str | None:
+    """The Jinja template of a file's metadata, if there is one.
+
+    Raises:
+      ValueError: If it is no text.
+    """
+    fields, key = Fields(metadata, "the GGUF metadata"), "tokenizer.chat_template"
+    if not isinstance(template := fields.get(key), str | None):
+        raise fields.wrong(key, template, "a text")
+    return template
 
 
 def _build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -243,20 +268,27 @@ def _build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     kind, splitter = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if (kind, splitter) != ("gpt2", "smollm"):
         raise ValueError(
-            f"the tokenizer is of model {kind!r} with pre-tokenizer {splitter!r}; "
+            f"the tokenizer is of model {shown(kind)} with pre-tokenizer {shown(splitter)}; "
             "only 'gpt2' with 'smollm' can be built."
         )
-    for key in TOKENIZER_LISTS:
+    for key, element in zip(TOKENIZER_LISTS, (str, int, str), strict=True):
         if key not in metadata:
             raise ValueError(f"the GGUF metadata lacks {key!r}, without which no text can be read.")
+        values = metadata[key]
+        if not isinstance(values, list) or any(type(x) is not element for x in values):
+            raise ValueError(f"{key} is {shown(values)}, expected a list of {element.__name__}.")
     tokens, types, merges = (metadata[key] for key in TOKENIZER_LISTS)
+    if len(types) != len(tokens):
+        raise ValueError(f"there are {len(types):,} types of {len(tokens):,} tokens.")
     try:
         model = models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ")) for merge in merges],
         )
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"the tokenizer's vocabulary and merges do not fit: {error}.") from error
+        raise ValueError(
+            f"the tokenizer's vocabulary and merges do not fit: {shown(str(error))}."
+        ) from error
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

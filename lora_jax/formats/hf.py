@@ -14,7 +14,6 @@ Weights in pickles (`pytorch_model.bin`) are not read: opening one runs whatever
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.core.leaves import QuantizedArray
+from lora_jax.files import file_in, is_file_name, is_name, listed, read_object, shown
 from lora_jax.formats import bitsandbytes
 from lora_jax.formats.checkpoint import (
     Checkpoint,
@@ -144,9 +144,8 @@ def read_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
       FileNotFoundError: If it has no config.json.
       ValueError: If a file is no JSON object.
     """
-    described = {
-        name: _read_json(folder / name) for name in _DESCRIPTIONS if (folder / name).is_file()
-    }
+    files = {name: file_in(folder, name) for name in _DESCRIPTIONS}
+    described = {name: read_object(file) for name, file in files.items() if file is not None}
     if "config.json" not in described:
         raise FileNotFoundError(f"{folder} has no config.json, without which no model is defined.")
     return described
@@ -159,7 +158,7 @@ def _check_quantization(file: Path, said: Any) -> None:
     said = said if isinstance(said, Mapping) else {"quant_method": said}
     method, four = said.get("quant_method"), said.get("load_in_4bit")
     if method != "bitsandbytes" or not four:
-        how = f"{method!r}" + (" in 8 bits" if said.get("load_in_8bit") else "")
+        how = shown(method) + (" in 8 bits" if said.get("load_in_8bit") else "")
         raise ValueError(
             f"{file} says that the weights are quantized by {how}; only those in floating point, "
             "and in 4 bits of bitsandbytes, can be read. Take the original model, and quantize it "
@@ -176,25 +175,29 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}.")
-    if (folder / INDEX).is_file():
-        parts = _read_json(folder / INDEX).get("weight_map")
+    names = [WEIGHTS]
+    if (index := file_in(folder, INDEX)) is not None:
+        parts = read_object(index).get("weight_map")
         if not isinstance(parts, Mapping) or not parts:
-            raise ValueError(f"{folder / INDEX} has no weight_map that names the weights' files.")
-        names = sorted({str(name) for name in parts.values()})
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{folder / INDEX} points out of its folder: {outside[0]!r}.")
-    else:
-        names = [WEIGHTS]
-    missing = [name for name in names if not (folder / name).is_file()]
+            raise ValueError(f"{index} has no weight_map that names the weights' files.")
+        if wrong := [name for name in parts.values() if not is_name(name)]:
+            raise ValueError(f"{index} names a file {shown(wrong[0])}, which is no name of one.")
+        names = sorted(set(parts.values()))
+        if outside := [name for name in names if not is_file_name(name) or Path(name).name != name]:
+            raise ValueError(
+                f"{index} names a file that cannot be in its folder: {shown(outside[0])}."
+            )
+    files = {name: file_in(folder, name) for name in names}
+    missing = [name for name, file in files.items() if file is None]
     if not missing:
-        return [folder / name for name in names]
+        return [file for file in files.values() if file is not None]
     present = sorted(file.name for file in folder.iterdir())
     if pickled := [name for name in present if name.endswith(PICKLES)]:
         raise ValueError(pickle_error(str(folder), pickled[0]))
     if "adapter_config.json" in present:
         raise FileNotFoundError(f"{folder} holds a PEFT adapter, not the model that it is for.")
     raise FileNotFoundError(
-        f"{folder} lacks {', '.join(missing)}; it has {', '.join(present) or 'nothing'}."
+        f"{folder} lacks {listed(missing)}; it has {listed(present) or 'nothing'}."
     )
 
 
@@ -206,16 +209,6 @@ def pickle_error(place: str, name: str) -> str:
         'transformers: AutoModelForCausalLM.from_pretrained("...").save_pretrained("folder"), '
         'and AutoTokenizer.from_pretrained("...").save_pretrained("folder").'
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object.")
-    return content
 
 
 def _tensors(files: Sequence[Path]) -> list[Tensor]:
@@ -255,7 +248,12 @@ def _is_state(name: str) -> bool:
 
 def _packed(codes: StoredTensor, parts: Mapping[str, StoredTensor]) -> Tensor:
     """A weight of bitsandbytes, to be read with all that belongs to it."""
-    states = {name: part.read() for name, part in parts.items() if _is_state(name)}
+    said = {name: part for name, part in parts.items() if _is_state(name)}
+    if large := [name for name, part in said.items() if part.nbytes > bitsandbytes.LONGEST_STATE]:
+        raise ValueError(
+            f"{large[0]} has {said[large[0]].nbytes:,} bytes, expected a few fields of JSON"
+        )
+    states = {name: part.read() for name, part in said.items()}
 
     def read() -> QuantizedArray:
         tensors = {name: part.read() for name, part in parts.items()}

@@ -8,6 +8,7 @@ chat_template.jinja      how a conversation becomes a prompt
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,12 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, processors
 
+from lora_jax.files import file_in, read_small, shown
 from lora_jax.formats.checkpoint import Checkpoint, SpecialTokens
 
+_LONGEST_TOKENIZER = 2**26  # bytes; that of a vocabulary of 262,144 tokens has 33 MB
+_LONGEST_TEMPLATE = 2**20  # bytes
+_MOST_TOKENS = 2**31
 # What of a folder is about text alone, other programs' files included.
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"),
@@ -117,16 +122,19 @@ def _with_bos(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    file = path / "tokenizer.json"
-    if not file.is_file():
+    file = file_in(path, "tokenizer.json")
+    if file is None:
         raise FileNotFoundError(
             f"{path} has no tokenizer.json; write one with transformers: "
             'AutoTokenizer.from_pretrained("...").save_pretrained("folder").'
         )
+    content = read_small(file, _LONGEST_TOKENIZER)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{file} is no tokenizer that can be read: {error}.") from error
+        raise ValueError(
+            f"{file} is no tokenizer that can be read: {shown(str(error))}."
+        ) from error
     # Lengths are the business of whoever makes batches; a file may ask for either.
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -139,7 +147,7 @@ def _special_tokens(tokenizer: Tokenizer, described: Mapping[str, Any]) -> Speci
     def token(name: str) -> int | None:
         text = settings.get(name)
         text = text.get("content") if isinstance(text, Mapping) else text
-        if text is not None and (index := tokenizer.token_to_id(text)) is not None:
+        if isinstance(text, str) and (index := tokenizer.token_to_id(text)) is not None:
             return index
         ids = _ids(described["config.json"].get(f"{name}_id"))
         return ids[0] if ids else None
@@ -163,14 +171,23 @@ def _stop_tokens(special: SpecialTokens, described: Mapping[str, Any]) -> tuple[
 def _ids(value: Any) -> list[int]:
     """Token ids of a field that may hold one, several or none."""
     values = value if isinstance(value, list) else [value]
-    return [index for index in values if isinstance(index, int)]
+    return [index for index in values if type(index) is int and 0 <= index < _MOST_TOKENS]
 
 
 def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
-    if (file := path / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
+    if (file := file_in(path, "chat_template.jinja")) is not None:
+        content = read_small(file, _LONGEST_TEMPLATE)
+        try:
+            return io.StringIO(content.decode(), newline=None).read()  # lines end as in any text
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, each with a name
-        templates = {entry.get("name"): entry.get("template") for entry in template}
-        return templates.get("default")
+        named = [entry for entry in template if isinstance(entry, Mapping)]
+        template = next((x.get("template") for x in named if x.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise ValueError(
+            f"{path / 'tokenizer_config.json'} has the chat_template {shown(template)}, expected a "
+            "text, or a list of them with names."
+        )
     return template

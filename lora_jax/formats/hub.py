@@ -22,6 +22,7 @@ from typing import NamedTuple
 import huggingface_hub
 from huggingface_hub import constants, errors, utils
 
+from lora_jax.files import is_name, shown
 from lora_jax.formats.cache import SourceError, sha256_of
 from lora_jax.formats.hf import PICKLES, pickle_error, weight_files
 
@@ -48,9 +49,9 @@ class _Model(NamedTuple):
     @classmethod
     def parse(cls, source: str) -> _Model:
         match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([^@]+))?", source, re.ASCII)
-        if not match:
+        if not match or not is_name(source):
             raise SourceError(
-                f"{source!r} names no model on the hub; write hf:owner/name or "
+                f"{shown(source)} names no model on the hub; write hf:owner/name or "
                 "hf:owner/name@revision, a revision being a branch, a tag or a commit."
             )
         return cls(match[1], match[2])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.formats.checkpoint import SpecialTokens
+from lora_jax.formats.tensor_file import stored_tensors
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.families import from_gguf, from_hf
-
-_LONGEST = 100_000_000  # bytes of a safetensors file's head, by the format's own rule
 
 
 class Header(NamedTuple):
@@ -84,21 +82,18 @@ def _folder(path: Path) -> Outline:
 
 def _gguf(path: Path) -> Outline:
     # Imported here, so that a folder is read where the package for GGUF is not installed.
-    from lora_jax.formats.gguf import TOKENIZER_LISTS, open_gguf, special_tokens
+    from lora_jax.formats.gguf import TOKENIZER_LISTS, chat_template, special_tokens
+    from lora_jax.formats.gguf_file import read_head
 
-    reader = open_gguf(path)
-    fields = {name: x for name, x in reader.fields.items() if name not in TOKENIZER_LISTS}
-    metadata = {name: field.contents() for name, field in fields.items()}
-    headers = [
-        Header(x.name, x.tensor_type.name, tuple(int(n) for n in reversed(x.shape)), int(x.n_bytes))
-        for x in reader.tensors
-    ]
+    said, tensors = read_head(path)
+    metadata = {name: value for name, value in said.items() if name not in TOKENIZER_LISTS}
+    headers = [Header(x.name, x.kind.name, x.shape, x.nbytes) for x in tensors]
     tied_head = all(header.name != "output.weight" for header in headers)
 
     def words() -> Words:
-        special = special_tokens(metadata)
+        special = special_tokens(said)
         stop = () if special.eos is None else (special.eos,)
-        return Words(special, stop, metadata.get("tokenizer.chat_template"))
+        return Words(special, stop, chat_template(said))
 
     return Outline(
         path.stem, headers, metadata, lambda: from_gguf(metadata, tied_head=tied_head), words
@@ -106,32 +101,5 @@ def _gguf(path: Path) -> Outline:
 
 
 def safetensors_headers(path: Path) -> list[Header]:
-    """The tensors of a safetensors file, whatever their dtypes.
-
-    Raises:
-      FileNotFoundError: If there is no file.
-      ValueError: If it is none, or ends too early.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        head = file.read(length) if length <= min(size, _LONGEST) else b""
-    try:
-        tensors = json.loads(head)
-        tensors.pop("__metadata__", None)
-        headers = [
-            Header(name, x["dtype"], tuple(x["shape"]), x["data_offsets"][1] - x["data_offsets"][0])
-            for name, x in tensors.items()
-        ]
-        end = max((x["data_offsets"][1] for x in tensors.values()), default=0)
-    except (ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no safetensors file: it has no head that can be read, or ends too early "
-            f"({size:,} bytes). Fetch the file again."
-        ) from error
-    if size != (expected := 8 + length + end):
-        raise ValueError(
-            f"{path} is broken or ends too early: it has {size:,} bytes, and its head tells of "
-            f"{expected:,}. Fetch the file again."
-        )
-    return headers
+    """The tensors of a safetensors file, whatever their dtypes; raises as `stored_tensors`."""
+    return [Header(x.name, x.dtype, x.shape, x.nbytes) for x in stored_tensors(path)]

@@ -81,6 +81,10 @@ def _local(path: Path, sha256: str | None) -> Path:
         )
     if path.is_dir():
         _refuse_hash(str(path), sha256)
+    elif not path.is_file():
+        raise SourceError(
+            f"{path} is a pipe or device; write the path of a file, or of a model's folder."
+        )
     elif sha256 is not None and (found := sha256_of(path)) != sha256:
         raise SourceError(f"{path} has sha256 {found}, expected {sha256}.")
     return path

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from rich.console import Console
@@ -34,6 +34,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from lora_jax.files import is_bomb, is_file_name, is_name, shown
 from lora_jax.formats.cache import SourceError, cache_dir, sha256_of
 
 _CHUNK = 1 << 20  # bytes
@@ -68,9 +69,12 @@ class _Member:
     def parse(cls, source: str) -> _Member:
         match = re.fullmatch(r"pypi:([A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+)/(.+)", source)
         path = PurePosixPath(match[2]) if match else PurePosixPath()
-        if not match or path.is_absolute() or ".." in path.parts:
+        parts = () if match is None else (match[1], *path.parts)
+        named = is_name(str(path)) and not path.is_absolute() and all(map(is_file_name, parts))
+        if match is None or not named:
             raise SourceError(
-                f"{source!r} names no member of a wheel; write pypi:NAME==VERSION/path/of/member."
+                f"{shown(source)} names no member of a wheel; "
+                "write pypi:NAME==VERSION/path/of/member."
             )
         return cls(match[1], path)
 
@@ -238,29 +242,43 @@ def _pip_error(member: _Member, log: str) -> SourceError:
     return SourceError(f"{failed}: pip says {errors[-1] if errors else 'nothing'!r}.")
 
 
+def _unpacked(wheel: Path, member: _Member) -> Iterator[bytes]:
+    """The content of a member, in chunks."""
+    name = str(member.path)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if name not in archive.NameToInfo:
+                raise SourceError(
+                    f"{wheel.name} has no member {shown(name)}; check the path after the version."
+                )
+            info = archive.getinfo(name)
+            if is_bomb(info.compress_size, info.file_size):
+                raise SourceError(
+                    f"{shown(name)} in {wheel.name} would unpack from {info.compress_size:,} bytes "
+                    f"to {info.file_size:,}, as no model or data do; nothing was kept."
+                )
+            with archive.open(info) as packed:
+                while chunk := packed.read(_CHUNK):
+                    yield chunk
+    except SourceError:
+        raise
+    except Exception as error:  # of zipfile and the libraries below it, each with its own
+        raise SourceError(
+            f"{wheel.name} is broken or ended too early ({shown(str(error))}); nothing was kept, "
+            "run again."
+        ) from error
+
+
 def _extract(wheel: Path, member: _Member, staging: Path, sha256: str | None) -> Path:
     """The member, unpacked beside the wheel and checked."""
     target = staging / "member"
     digest = hashlib.sha256()
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(str(member.path)) as packed,
-            target.open("wb") as unpacked,
-        ):
-            while chunk := packed.read(_CHUNK):
-                digest.update(chunk)
-                unpacked.write(chunk)
-            unpacked.flush()
-            os.fsync(unpacked.fileno())  # the rename must not reach the disk before the content
-    except KeyError as error:
-        raise SourceError(
-            f"{wheel.name} has no member {str(member.path)!r}; check the path after the version."
-        ) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise SourceError(
-            f"{wheel.name} is broken or ended too early ({error}); nothing was kept, run again."
-        ) from error
+    with target.open("wb") as file:
+        for chunk in _unpacked(wheel, member):
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())  # the rename must not reach the disk before the content
     if sha256 is not None and digest.hexdigest() != sha256:
         raise SourceError(
             f"{member.path} in {wheel.name} has sha256 {digest.hexdigest()}, expected {sha256}; "

@@ -131,14 +131,18 @@ class DecoderConfig:
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)}; a decoder has 1 at least.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads="
                 f"{self.num_kv_heads}; every key-value head must serve as many query heads."
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 or self.head_dim < 1:
             raise ValueError(
-                f"head_dim={self.head_dim} is odd; rotary positions need an even head_dim."
+                f"head_dim={self.head_dim} is odd or below 1; rotary positions need an even "
+                "head_dim."
             )
         self._check_layers()
         self._check_mlp()
@@ -185,13 +189,14 @@ class DecoderConfig:
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         """What the attention of each layer is like."""
+        windowed, unrotated = frozenset(self.windowed_layers), frozenset(self.unrotated_layers)
 
         def kind(layer: int) -> AttentionKind:
             theta, scaling = self.rope_theta, self.rope_scaling
-            window = self.window if layer in self.windowed_layers else None
+            window = self.window if layer in windowed else None
             if window is not None and self.local_rope_theta is not None:
                 theta, scaling = self.local_rope_theta, None
-            if layer in self.unrotated_layers:
+            if layer in unrotated:
                 return AttentionKind(window, None, None)
             return AttentionKind(window, theta, scaling)
 

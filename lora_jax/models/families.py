@@ -10,15 +10,20 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from lora_jax.files import shown
 from lora_jax.models.config import (
     ATTENTION_PROJECTIONS,
     MLP_PROJECTIONS,
     DecoderConfig,
     RopeScaling,
 )
+from lora_jax.models.fields import MOST, Fields, refuse_all_but
 from lora_jax.models.shapes import SHAPES
 
 __all__ = ["SHAPES", "from_gguf", "from_hf"]
+
+_WIDEST_HEAD = 2**16
+_LONGEST = 2**40  # tokens
 
 
 def from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> DecoderConfig:
@@ -38,41 +43,38 @@ def from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> DecoderConfig:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ValueError(
-            f"architecture {architecture!r} in the GGUF metadata; only 'llama' can be read."
+            f"architecture {shown(architecture)} in the GGUF metadata; only 'llama' can be read."
         )
 
-    def field(name: str) -> Any:
-        key = f"llama.{name}"
-        if key not in metadata:
-            raise ValueError(f"the GGUF metadata lacks {key!r}, without which no model is defined.")
-        return metadata[key]
-
+    fields = Fields(metadata, "the GGUF metadata")
     for key, plain in (("llama.rope.scaling.type", "none"), ("llama.expert_count", 0)):
-        value = metadata.get(key, plain)
-        if value != plain:
-            raise ValueError(
-                f"{key} is {value!r} in the GGUF metadata; only {plain!r} can be read."
-            )
-    dim, num_heads = field("embedding_length"), field("attention.head_count")
-    head_dim = metadata.get("llama.attention.key_length", dim // num_heads)
-    rotary_dim = metadata.get("llama.rope.dimension_count", head_dim)
+        fields.only([plain], key, plain)
+    dim = fields.count("llama.embedding_length")
+    num_heads = fields.count("llama.attention.head_count", most=MOST)
+    head_dim = _head_dim(fields, "llama.attention.key_length", dim, num_heads)
+    rotary_dim = fields.get("llama.rope.dimension_count", head_dim)
     if rotary_dim != head_dim:
         raise ValueError(
-            f"llama.rope.dimension_count is {rotary_dim} and heads are {head_dim} wide; "
+            f"llama.rope.dimension_count is {shown(rotary_dim)} and heads are {head_dim} wide; "
             "only rotary positions over whole heads can be read."
         )
     return DecoderConfig(
-        vocab_size=field("vocab_size"),
+        vocab_size=fields.count("llama.vocab_size"),
         dim=dim,
-        mlp_dim=field("feed_forward_length"),
-        num_layers=field("block_count"),
+        mlp_dim=fields.count("llama.feed_forward_length"),
+        num_layers=fields.count("llama.block_count", most=MOST),
         num_heads=num_heads,
-        num_kv_heads=metadata.get("llama.attention.head_count_kv", num_heads),
+        num_kv_heads=fields.count("llama.attention.head_count_kv", num_heads, most=MOST),
         head_dim=head_dim,
-        rope_theta=metadata.get("llama.rope.freq_base", 10_000.0),
-        norm_eps=field("attention.layer_norm_rms_epsilon"),
+        rope_theta=fields.number("llama.rope.freq_base", 10_000.0),
+        norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
         tied_head=tied_head,
     )
+
+
+def _head_dim(fields: Fields, name: str, dim: int, num_heads: int) -> int:
+    """H; where it is not said, the width that each of the heads has of the model's."""
+    return fields.count(name, max(1, dim // num_heads), most=_WIDEST_HEAD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,22 +91,22 @@ class _Family:
 
     shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    windowed: Callable[[Mapping[str, Any], int], bool] = lambda fields, layer: True
+    windowed: Callable[[Fields, int], bool] = lambda fields, layer: True
     switched: bool = False
     typed: bool = False
 
 
-def _is_late(fields: Mapping[str, Any], layer: int) -> bool:
-    return layer >= fields["max_window_layers"]
+def _is_late(fields: Fields, layer: int) -> bool:
+    return layer >= fields.count("max_window_layers", least=0)
 
 
-def _is_rotated(fields: Mapping[str, Any], layer: int) -> bool:
+def _is_rotated(fields: Fields, layer: int) -> bool:
     """Whether a layer of SmolLM3 knows positions: despite its name, the list has a 1 for those."""
     listed = fields.get("no_rope_layers")
     if listed is None:
-        return (layer + 1) % fields["no_rope_layer_interval"] != 0
-    if layer >= len(listed):
-        raise ValueError(f"no_rope_layers is {listed} in config.json; expected one for each layer.")
+        return (layer + 1) % fields.count("no_rope_layer_interval") != 0
+    if not isinstance(listed, list) or layer >= len(listed) or listed[layer] not in (0, 1):
+        raise fields.wrong("no_rope_layers", listed, "one for each layer, which is 0 or 1")
     return bool(listed[layer])
 
 
@@ -163,13 +165,12 @@ _FAMILIES: Mapping[str, _Family] = {
             "rope_local_base_freq": 10_000.0,
             "sliding_window_pattern": 6,
         },
-        windowed=lambda fields, layer: (layer + 1) % fields["sliding_window_pattern"] != 0,
+        windowed=lambda fields, layer: (layer + 1) % fields.count("sliding_window_pattern") != 0,
         typed=True,
     ),
 }
 # The fields in which null is a value, and no other word for leaving them out.
 _NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
-_MOST = 10_000  # layers or experts, which are listed one by one: more are a broken file
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -187,30 +188,30 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
       ValueError: If `model_type` is none of the families that can be read, a field is missing, or
         one asks for something that the decoder does not do.
     """
-    family = str(config.get("model_type"))
-    if family not in _FAMILIES:
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise ValueError(
-            f"model_type {family!r} in config.json; only {', '.join(_FAMILIES)} can be read."
+            f"model_type {shown(family)} in config.json; only {', '.join(_FAMILIES)} can be read."
         )
     said = {name: x for name, x in config.items() if x is not None or name in _NULLABLE}
-    fields = {**_FAMILIES[family].implied, **said}
+    fields = Fields({**_FAMILIES[family].implied, **said}, "config.json")
     for name in ("use_bidirectional_attention", "use_mrope"):
-        _refuse_all_but([False], name, fields.get(name, False))
-    dim, num_heads = _need(fields, "hidden_size"), _need(fields, "num_attention_heads")
-    layers = _count(fields, "num_hidden_layers")
+        fields.only([False], name, False)
+    dim, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads", most=MOST)
+    layers = fields.count("num_hidden_layers", most=MOST)
     window, windowed = _windows(fields, layers)
     shape = {
-        "vocab_size": _need(fields, "vocab_size"),
+        "vocab_size": fields.count("vocab_size"),
         "dim": dim,
         "num_layers": layers,
         "num_heads": num_heads,
-        "num_kv_heads": fields.get("num_key_value_heads", num_heads),
-        "head_dim": fields.get("head_dim", dim // num_heads),
+        "num_kv_heads": fields.count("num_key_value_heads", num_heads, most=MOST),
+        "head_dim": _head_dim(fields, "head_dim", dim, num_heads),
         "window": window,
         "windowed_layers": windowed,
-        "norm_eps": _need(fields, "rms_norm_eps"),
+        "norm_eps": fields.number("rms_norm_eps"),
         "biases": _biases(fields),
-        "tied_head": fields.get("tie_word_embeddings", False),
+        "tied_head": fields.flag("tie_word_embeddings"),
         **_rope(fields),
         **_mlp(fields),
     }
@@ -221,127 +222,119 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**{**shape, **_FAMILIES[family].shape})
 
 
-def _need(fields: Mapping[str, Any], name: str) -> Any:
-    if name not in fields:
-        raise ValueError(f"config.json lacks {name!r}, without which no model is defined.")
-    return fields[name]
-
-
-def _count(fields: Mapping[str, Any], name: str) -> int:
-    value = _need(fields, name)
-    if type(value) is not int or not 1 <= value <= _MOST:
-        raise ValueError(
-            f"{name} is {value!r} in config.json; expected a whole number from 1 to {_MOST:,}."
-        )
-    return value
-
-
-def _refuse_all_but(known: Collection[Any], name: str, value: Any) -> None:
-    if value not in known:
-        options = " or ".join(repr(option) for option in known)
-        raise ValueError(f"{name} is {value!r} in config.json; only {options} can be read.")
-
-
-def _windows(fields: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[int, ...]]:
+def _windows(fields: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """The window, and the layers that have it."""
-    family, window = _FAMILIES[fields["model_type"]], fields.get("sliding_window")
-    if family.switched and not fields.get("use_sliding_window"):
+    family = _FAMILIES[fields.get("model_type")]
+    window = None if fields.get("sliding_window") is None else fields.count("sliding_window")
+    if family.switched and not fields.flag("use_sliding_window"):
         window = None
-    types = fields.get("layer_types")
+    if not isinstance(types := fields.get("layer_types"), list | None):
+        raise fields.wrong("layer_types", types, "a list")
     if types is None or not family.typed:
         windowed = [window is not None and family.windowed(fields, k) for k in range(layers)]
         for one in types or ():
-            _refuse_all_but([_SLIDING if any(windowed) else _FULL], "layer_types", one)
+            _refuse([_SLIDING if any(windowed) else _FULL], "layer_types", one)
     else:
         for one in types:
-            _refuse_all_but([_FULL, _SLIDING], "layer_types", one)
+            _refuse([_FULL, _SLIDING], "layer_types", one)
         if len(types) != layers or (_SLIDING in types and window is None):
-            raise ValueError(
-                f"layer_types is {types} in config.json; expected one of each of the {layers} "
-                f"layers, and a sliding_window for {_SLIDING!r}."
+            raise fields.wrong(
+                "layer_types",
+                types,
+                f"one of each of the {layers} layers, and a sliding_window for {_SLIDING!r}",
             )
         windowed = [one == _SLIDING for one in types]
     numbers = tuple(k for k in range(layers) if windowed[k])
     return (window if numbers else None), numbers
 
 
-def _biases(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    attention = ATTENTION_PROJECTIONS if fields.get("attention_bias") else ()
-    return attention + (MLP_PROJECTIONS if fields.get("mlp_bias") else ())
+def _refuse(known: Collection[Any], name: str, value: Any) -> None:
+    refuse_all_but(known, name, value, "config.json")
 
 
-def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _biases(fields: Fields) -> tuple[str, ...]:
+    attention = ATTENTION_PROJECTIONS if fields.flag("attention_bias") else ()
+    return attention + (MLP_PROJECTIONS if fields.flag("mlp_bias") else ())
+
+
+def _rope(fields: Fields) -> dict[str, Any]:
     """Rotary positions; transformers 5 moved theta and scaling into `rope_parameters`."""
-    whole = {"rope_theta": fields.get("rope_theta", 10_000.0)}
-    given, scaling = fields.get("rope_parameters", {}), fields.get("rope_scaling", {})
-    if fields["model_type"] != "gemma3_text":
-        whole |= scaling or given
-        for name in whole:
+    whole = {"rope_theta": fields.number("rope_theta", 10_000.0)}
+    given, scaling = fields.within("rope_parameters"), fields.within("rope_scaling")
+    if fields.get("model_type") != "gemma3_text":
+        for name in (*given, *scaling):
             if name in (_FULL, _SLIDING):
                 raise ValueError(
                     f"rope_parameters has {name!r} in config.json; only one of all layers can be "
                     "read in this family."
                 )
-        return {"rope_theta": whole["rope_theta"], "rope_scaling": _scaling(whole, fields)}
+        every = Fields(whole | dict(scaling or given), fields.where)
+        return {"rope_theta": every.number("rope_theta"), "rope_scaling": _scaling(every, fields)}
     for name in given:
-        _refuse_all_but([_FULL, _SLIDING], "a name in rope_parameters", name)
-    whole |= {**(given.get(_FULL) or {}), **scaling}
-    local = {"rope_theta": fields["rope_local_base_freq"], **(given.get(_SLIDING) or {})}
-    _refuse_all_but(["default"], f"rope_type of {_SLIDING}", _rope_type(local))
+        _refuse([_FULL, _SLIDING], "a name in rope_parameters", name)
+    kinds = Fields(given, fields.where)
+    every = Fields({**whole, **kinds.within(_FULL), **scaling}, fields.where)
+    theta = {"rope_theta": fields.number("rope_local_base_freq")}
+    local = Fields({**theta, **kinds.within(_SLIDING)}, fields.where)
+    _refuse(["default"], f"rope_type of {_SLIDING}", _rope_type(local))
     return {
-        "rope_theta": whole["rope_theta"],
-        "rope_scaling": _scaling(whole, fields),
-        "local_rope_theta": local["rope_theta"],
+        "rope_theta": every.number("rope_theta"),
+        "rope_scaling": _scaling(every, fields),
+        "local_rope_theta": local.number("rope_theta"),
     }
 
 
-def _rope_type(rope: Mapping[str, Any]) -> str:
+def _rope_type(rope: Fields) -> Any:
     return rope.get("rope_type", rope.get("type", "default"))
 
 
-def _scaling(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> RopeScaling | None:
+def _scaling(rope: Fields, fields: Fields) -> RopeScaling | None:
     kind, part = _rope_type(rope), "partial_rotary_factor"
-    _refuse_all_but(["default", "linear", "llama3"], "rope_type", kind)
-    _refuse_all_but([1.0], part, rope.get(part) or fields.get(part, 1.0))
+    _refuse(["default", "linear", "llama3"], "rope_type", kind)
+    _refuse([1.0], part, rope.get(part) or fields.get(part, 1.0))
     if kind == "default":
         return None
     if kind == "linear":
-        return RopeScaling(_need(rope, "factor"))
-    length = "original_max_position_embeddings"
+        return RopeScaling(rope.number("factor"))
+    length, longest = "original_max_position_embeddings", "max_position_embeddings"
+    said = next((x for x in (fields, rope) if x.get(length)), None)
     return RopeScaling(
-        _need(rope, "factor"),
-        length=fields.get(length) or rope.get(length) or _need(fields, "max_position_embeddings"),
-        low=_need(rope, "low_freq_factor"),
-        high=_need(rope, "high_freq_factor"),
+        rope.number("factor"),
+        length=fields.count(longest, most=_LONGEST) if said is None else said.count(length),
+        low=rope.number("low_freq_factor"),
+        high=rope.number("high_freq_factor"),
     )
 
 
-def _mlp(fields: Mapping[str, Any]) -> dict[str, Any]:
-    activation = "hidden_activation" if "hidden_activation" in fields else "hidden_act"
-    value = fields.get(activation, "silu")
-    _refuse_all_but(list(_ACTIVATIONS), activation, value)
+def _mlp(fields: Fields) -> dict[str, Any]:
+    activation = "hidden_activation" if fields.get("hidden_activation") else "hidden_act"
+    value = fields.only(list(_ACTIVATIONS), activation, "silu")
     shape: dict[str, Any] = {"activation": _ACTIVATIONS[value]}
-    if fields["model_type"] != "qwen3_moe":
-        return shape | {"mlp_dim": _need(fields, "intermediate_size")}
+    if fields.get("model_type") != "qwen3_moe":
+        return shape | {"mlp_dim": fields.count("intermediate_size")}
     # Layers of both kinds could not be scanned as one.
-    _refuse_all_but([[]], "mlp_only_layers", fields.get("mlp_only_layers", []))
-    _refuse_all_but([1], "decoder_sparse_step", fields.get("decoder_sparse_step", 1))
-    experts = "num_local_experts" if "num_local_experts" in fields else "num_experts"
+    fields.only([[]], "mlp_only_layers", [])
+    fields.only([1], "decoder_sparse_step", 1)
+    experts = "num_experts" if fields.get("num_local_experts") is None else "num_local_experts"
     return shape | {
-        "mlp_dim": _need(fields, "moe_intermediate_size"),
-        "num_experts": _count(fields, experts),
-        "experts_per_token": _need(fields, "num_experts_per_tok"),
-        "normalized_routing": fields.get("norm_topk_prob", False),
+        "mlp_dim": fields.count("moe_intermediate_size"),
+        "num_experts": fields.count(experts, most=MOST),
+        "experts_per_token": fields.count("num_experts_per_tok", most=MOST),
+        "normalized_routing": fields.flag("norm_topk_prob"),
     }
 
 
-def _gemma(fields: Mapping[str, Any]) -> dict[str, Any]:
-    cap = fields.get("attn_logit_softcapping")
-    if fields["model_type"] == "gemma3_text":
-        _refuse_all_but([None], "attn_logit_softcapping", cap)
+def _gemma(fields: Fields) -> dict[str, Any]:
+    cap = _cap(fields, "attn_logit_softcapping")
+    if fields.get("model_type") == "gemma3_text":
+        _refuse([None], "attn_logit_softcapping", cap)
     return {
-        "embedding_scale": fields["hidden_size"] ** 0.5,
-        "attention_scale": fields["query_pre_attn_scalar"] ** -0.5,
+        "embedding_scale": fields.count("hidden_size") ** 0.5,
+        "attention_scale": fields.number("query_pre_attn_scalar") ** -0.5,
         "attention_cap": cap,
-        "logit_cap": fields.get("final_logit_softcapping"),
+        "logit_cap": _cap(fields, "final_logit_softcapping"),
     }
+
+
+def _cap(fields: Fields, name: str) -> float | None:
+    return None if fields.get(name) is None else fields.number(name)

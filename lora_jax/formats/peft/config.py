@@ -14,7 +14,18 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.files import file_in, listed, read_object, shown
+from lora_jax.formats.peft.patterns import (
+    MOST_STEPS,
+    is_pattern,
+    matches,
+    matches_ending,
+    steps,
+)
+
 CONFIG = "adapter_config.json"
+_LARGEST = 1e30  # alpha, and r
+_MOST_PATTERNS = 1_024  # of ranks, or names; a model of 126 layers has 882 modules
 
 # What says nothing about the function that a finished adapter computes. `fan_in_fan_out` is about
 # the base, and peft too asks each module instead.
@@ -62,9 +73,9 @@ class PeftConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    target_modules: tuple[str, ...] | str | None = None
-    exclude_modules: tuple[str, ...] | str = ()
-    layers_to_transform: tuple[int, ...] = ()
+    target_modules: frozenset[str] | str | None = None
+    exclude_modules: frozenset[str] | str = frozenset()
+    layers_to_transform: frozenset[int] = frozenset()
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -112,17 +123,18 @@ class PeftConfig:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _named(targets: tuple[str, ...] | str | None, module: str) -> bool:
+def _named(targets: Collection[str], module: str) -> bool:
     """Whether a regular expression matches all of a name, or one of several is its ending."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in targets or ())
+        return matches(targets, module)
+    parts = module.split(".")
+    return any(".".join(parts[k:]) in targets for k in range(len(parts)))
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, usual: Any) -> Any:
     """What the first pattern says that matches a name, or the end of it from a dot on."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches_ending(pattern, module):
             return value
     return patterns.get(module, usual)
 
@@ -139,17 +151,12 @@ def read_config(folder: Path, *, strict: bool = True) -> PeftConfig:
       ValueError: if it is no JSON object, a field has a value that is none, or one asks for
         something that would be passed over.
     """
-    path = folder / CONFIG
-    if not path.is_file():
+    path = file_in(folder, CONFIG)
+    if path is None:
         raise FileNotFoundError(
             f"{folder} has no {CONFIG}; expected a folder that peft's save_pretrained wrote."
         )
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{CONFIG} is not valid JSON: {error}.") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{CONFIG} holds a JSON {type(options).__name__}, expected an object.")
+    options = read_object(path)
     _refuse(options)
     said = {name: value for name, value in options.items() if value}
     if strict and (unknown := _shown(said, said.keys() - KNOWN)):
@@ -162,18 +169,25 @@ def read_config(folder: Path, *, strict: bool = True) -> PeftConfig:
 
 def _shown(options: Mapping[str, Any], names: Collection[str]) -> str:
     """Some fields, as the file has them."""
-    return ", ".join(f"{name} = {json.dumps(options[name])}" for name in sorted(names))
+    return listed(
+        f"{_cut(json.dumps(name)[1:-1])} = {_cut(json.dumps(options[name]))}"
+        for name in sorted(names)
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _refuse(options: Mapping[str, Any]) -> None:
     """An error for what would change the function and is not done here."""
     if (kind := options.get("peft_type")) != "LORA":
-        raise ValueError(f"{CONFIG}: peft_type is {kind!r}; only 'LORA' can be read.")
+        raise ValueError(f"{CONFIG}: peft_type is {shown(kind)}; only 'LORA' can be read.")
     start = options.get("init_lora_weights", True)
     if start not in _STARTS:
         raise ValueError(
-            f"{CONFIG}: init_lora_weights is {start!r}, a start that may have moved the base: such "
-            "an adapter does not belong to the model that it names. Save it with peft as an "
+            f"{CONFIG}: init_lora_weights is {shown(start)}, a start that may have moved the base: "
+            "such an adapter does not belong to the model that it names. Save it with peft as an "
             "ordinary one: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     if refused := [k for k in _REFUSED if options.get(k) and options[k] != "none"]:
@@ -192,44 +206,53 @@ def _understood(options: Mapping[str, Any]) -> PeftConfig:
             continue  # PEFT's default, which for these is also what says nothing
         check, expected = _CHECKS[name]
         if not check(value):
-            raise ValueError(f"{CONFIG}: {name} is {value!r}, expected {expected}.")
+            raise ValueError(f"{CONFIG}: {name} is {shown(value)}, expected {expected}.")
         values[name] = value
     for name in ("target_modules", "exclude_modules"):
         if isinstance(values.get(name), list):
-            values[name] = tuple(values[name])
+            values[name] = frozenset(values[name])
     for name in ("layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters"):
         if name in values:
-            value = values[name]
-            values[name] = tuple(value) if isinstance(value, list) else (value,)
+            several = values[name] if isinstance(values[name], list) else [values[name]]
+            values[name] = tuple(several) if name != "layers_to_transform" else frozenset(several)
     return PeftConfig(**values)
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    return type(x) in (int, float) and abs(x) < _LARGEST
 
 
 def _is_rank(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+    return type(x) is int and 1 <= x < _LARGEST
 
 
-def _is_pattern(x: Any) -> bool:
-    try:
-        re.compile(x)
-    except (re.error, TypeError):
-        return False
-    return isinstance(x, str)
+def _is_list_name(x: Any) -> bool:
+    """What a list of layers is called; an expression could take forever to be found in a name."""
+    return isinstance(x, str) and re.fullmatch(r"[\w.]+", x) is not None
 
 
 def _names(x: Any) -> bool:
     return isinstance(x, list) and all(isinstance(name, str) for name in x)
 
 
+def _few_names(x: Any) -> bool:
+    return _names(x) and len(x) <= _MOST_PATTERNS
+
+
 def _patterns(x: Any, check: Any) -> bool:
-    return isinstance(x, dict) and all(_is_pattern(k) and check(v) for k, v in x.items())
+    return (
+        isinstance(x, dict)
+        and len(x) <= _MOST_PATTERNS
+        and sum(map(steps, x)) <= MOST_STEPS
+        and all(map(check, x.values()))
+    )
 
 
 _FLAG = (lambda x: isinstance(x, bool), "true or false")
-_NAMES = (lambda x: _names(x) or _is_pattern(x), "a list of names or a regular expression")
+_NAMES = (
+    lambda x: _names(x) or is_pattern(x),
+    "a list of names or a regular expression of few repetitions",
+)
 _CHECKS = {
     "r": (_is_rank, "a whole number of at least 1"),
     "lora_alpha": (_is_number, "a number"),
@@ -239,12 +262,15 @@ _CHECKS = {
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
     "layers_to_transform": (
-        lambda x: all(isinstance(k, int) for k in (x if isinstance(x, list) else [x])),
+        lambda x: all(type(k) is int for k in (x if isinstance(x, list) else [x])),
         "a whole number or a list of them",
     ),
-    "layers_pattern": _NAMES,
-    "modules_to_save": (_names, "a list of names"),
-    "target_parameters": (_names, "a list of names"),
+    "layers_pattern": (
+        lambda x: _is_list_name(x) or (_few_names(x) and all(map(_is_list_name, x))),
+        "a name or a list of them",
+    ),
+    "modules_to_save": (_few_names, f"a list of at most {_MOST_PATTERNS:,} names"),
+    "target_parameters": (_few_names, f"a list of at most {_MOST_PATTERNS:,} names"),
     "rank_pattern": (lambda x: _patterns(x, _is_rank), "ranks by regular expressions"),
     "alpha_pattern": (lambda x: _patterns(x, _is_number), "numbers by regular expressions"),
 }

@@ -77,24 +77,24 @@ def read_peft(
     """
     folder = Path(path)
     try:
-        with open_weights(folder) as weights:
-            config = read_config(folder, strict=strict)
-            name_of = naming(names, [path for path, _ in named_leaves(base)])
-            places = all_places(base, name_of, layouts or {}, fan_in_fan_out)
-            fused = find_fused(config, places)
-            joined = {place for parameter in fused for parts in parameter.places for place in parts}
-            apart = [place for place in places if place not in joined]
-            adapted, whole = _wanted(config, apart, weights)
-            if is_tied := names is None and has_tied_head(base):
-                refuse_untied(config, [*adapted, *whole])
-            expected = _expected(config, adapted, whole) | fused_shapes(fused)
-            if strict:
-                repeats = find_repeats(weights, base, adapted, whole, is_tied)
-                _compare(expected, weights, repeats)
-            found = {name for name, shape in expected.items() if weights.shapes.get(name) == shape}
-            read = functools.partial(weights.read, dtype=dtype)
-            shares = _shares(config, found, read, adapted, whole, fused)
-            adapters = map_leaves(lambda at, leaf: _gathered(at, leaf, shares.get(at)), base)
+        weights = open_weights(folder)
+        config = read_config(folder, strict=strict)
+        name_of = naming(names, [path for path, _ in named_leaves(base)])
+        places = all_places(base, name_of, layouts or {}, fan_in_fan_out)
+        fused = find_fused(config, places)
+        joined = {place for parameter in fused for parts in parameter.places for place in parts}
+        apart = [place for place in places if place not in joined]
+        adapted, whole = _wanted(config, apart, weights)
+        if is_tied := names is None and has_tied_head(base):
+            refuse_untied(config, [*adapted, *whole])
+        expected = _expected(config, adapted, whole) | fused_shapes(fused)
+        if strict:
+            repeats = find_repeats(weights, base, adapted, whole, is_tied)
+            _compare(expected, weights, repeats)
+        found = {name for name, shape in expected.items() if weights.shapes.get(name) == shape}
+        read = functools.partial(weights.read, dtype=dtype)
+        shares = _shares(config, found, read, adapted, whole, fused)
+        adapters = map_leaves(lambda at, leaf: _gathered(at, leaf, shares.get(at)), base)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     combine(base, adapters)  # checks the shapes
@@ -148,7 +148,6 @@ def _compare(expected: dict[str, tuple[int, ...]], weights: Weights, repeats: Re
         "missing": [name for name in expected if name not in shapes],
         "without a place in the base or the config": [name for name in shapes if name not in known],
         "not what it should repeat": sorted(repeats.differing),
-        "more than once in the file": weights.doubled,
         "of another shape": [
             f"{name} ({shape}, expected {expected[name]})"
             for name, shape in shapes.items()
