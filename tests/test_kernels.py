@@ -180,49 +180,67 @@ def test_gradients_of_an_update_that_is_zero():
 # The look-up in assembly.
 
 
-def run_assembly(text: str, inputs: list[int], outputs: int) -> list[int]:
-    """What `byte_assembly` computes."""
-    values = {f"${outputs + k}": word for k, word in enumerate(inputs)}
-    read = lambda name: int(name, 0) if name[0].isdigit() else values[name]  # noqa: E731
-    body = re.fullmatch(r"\{ \.reg \.b32 [\w, ]+; (.*) \}", text)
+def run_assembly(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
+    """What a warp of 32 threads computes: registers are arrays of one word a thread."""
+    values = {f"${outputs + k}": words for k, words in enumerate(inputs)}
+    values["%laneid"] = np.arange(32, dtype=np.uint32)
+
+    def read(name: str) -> np.ndarray:
+        return values[name] if name in values else np.full(32, int(name, 0), np.uint32)
+
+    body = re.fullmatch(r"\{ (?:\.reg \.(?:pred|b32) [\w, ]+; )+(.*) \}", text)
     assert body
     for line in filter(None, body[1].split(";")):
         operation, operands = line.split(maxsplit=1)
         result, *names = operands.replace(" ", "").split(",")
-        x, y, z, *last = [*map(read, names), 0, 0]
-        if operation == "shl.b32":
+        x, y, z, last = (*map(read, names), *[read("0")] * 4)[:4]
+        if operation == "mov.u32":
+            value = x
+        elif operation == "shl.b32":
             value = x << y
-        elif operation == "shr.b32":
+        elif operation in ("shr.b32", "shr.u32"):
             value = x >> y
         elif operation == "and.b32":
             value = x & y
+        elif operation == "setp.ne.u32":
+            value = (x != y).astype(np.uint32)
+        elif operation == "selp.b32":
+            value = np.where(z != 0, x, y)
+        elif operation == "shfl.sync.idx.b32":
+            assert set(last) == {0xFFFFFFFF}
+            lane, segment = np.arange(32, dtype=np.uint32), z >> 8 & 31
+            source = (lane & segment) | (y & 31 & ~segment)
+            assert (source <= ((lane & segment) | (z & 31 & ~segment))).all()
+            value = x[source]
         elif operation == "lop3.b32":
-            bits = [[v >> k & 1 for k in range(32)] for v in (x, y, z)]
-            picked = [last[0] >> (4 * p + 2 * q + r) & 1 for p, q, r in zip(*bits, strict=True)]
-            value = sum(bit << k for k, bit in enumerate(picked))
+            value = np.zeros(32, np.uint32)
+            for k in range(32):
+                p, q, r = (v >> k & 1 for v in (x, y, z))
+                value |= (last >> (4 * p + 2 * q + r) & 1) << k
         else:
             assert operation == "prmt.b32"
-            source = [(v >> 8 * k) & 0xFF for v in (x, y) for k in range(4)]
-            chosen = [source[z >> 4 * k & 7] for k in range(4)]
-            signed = [z >> 4 * k & 8 for k in range(4)]
-            spread = [0xFF * (c >> 7) if s else c for c, s in zip(chosen, signed, strict=True)]
-            value = sum(c << 8 * k for k, c in enumerate(spread))
-        values[result] = value & 0xFFFFFFFF
+            source = np.stack([v >> 8 * k & 0xFF for v in (x, y) for k in range(4)])
+            value = np.zeros(32, np.uint32)
+            for k in range(4):
+                chosen = source[z >> 4 * k & 7, np.arange(32)]
+                value |= np.where(z >> 4 * k & 8, 0xFF * (chosen >> 7), chosen) << 8 * k
+        values[result] = value.astype(np.uint32)
     return [values[f"${k}"] for k in range(outputs)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32], ids=str)
-def test_lookup_in_assembly(kind, dtype):
+def test_lookups_in_assembly(kind, dtype):
     levels = codebook(kind, 64).astype(dtype)
     size = levels.dtype.itemsize
-    words = [int(word) & 0xFFFFFFFF for word in gpu.byte_words(levels) for _ in range(4)]
-    fours = RNG.integers(0, 256, (12, 4), dtype=np.uint8)
+    words = [np.full(32, w).view(np.uint32) for w in gpu.byte_words(levels) for _ in range(4)]
+    fours = RNG.integers(0, 256, (32, 4), dtype=np.uint8)
     for nibble, shift in (("high", 4), ("low", 0)):
-        text = gpu.byte_assembly(levels.tobytes(), size, nibble)
-        for four in fours:
-            found = run_assembly(text, [int(four.view("<u4")[0]), *words], size)
-            assert np.array(found, "<u4").tobytes() == levels[(four >> shift) & 15].tobytes()
+        for assembly, beside in ((gpu.lane_assembly, []), (gpu.byte_assembly, words)):
+            text = assembly(levels.tobytes(), size, nibble)
+            found = run_assembly(text, [fours.view("<u4")[:, 0], *beside], size)
+            want = levels[(fours >> shift) & 15]
+            assert np.stack(found, axis=1).tobytes() == want.tobytes()
 
 
 # The choice.

@@ -329,8 +329,9 @@ def _kernel_folded(
 def _kernel_matmul(x: jax.Array, q: QuantizedArray, dtype: Any, interpret: bool) -> jax.Array:
     from lora_jax.kernels import gpu
 
+    product = gpu.matvec if x.shape[0] <= 2 else gpu.matmul
     tiling = gpu.matmul_tiling(x.shape[0], q, interpret)
-    return gpu.matmul(x, q, dtype, tiling, interpret=interpret)
+    return product(x, q, dtype, tiling, interpret=interpret)
 
 
 _DECODE = _operation("decode", xla.decode, _kernel_decode, _decode_obstacle)

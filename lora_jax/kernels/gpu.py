@@ -6,7 +6,8 @@ element of each byte. Look-ups:
 
     table   a load from the sixteen levels, which stay in the first-level cache
     tree    fifteen selections
-    bytes   four codes at a time by byte permutation, in PTX; nothing but a GPU runs it
+    lanes   a shuffle: each thread of a warp holds one level; in PTX, and nothing but a GPU runs it
+    bytes   four codes at a time by byte permutation, likewise
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Tiling:
       blocks: blocks along a row it handles at once (products only).
       splits: programs that share a row.
       warps: of 32 threads, a program.
-      stages: of the software pipeline.
-      lookup: `"table"`, `"tree"` or `"bytes"`.
+      stages: of the software pipeline; with one, what a step needs is loaded in it.
+      lookup: `"table"`, `"tree"`, `"lanes"` or `"bytes"`.
     """
 
     rows: int
@@ -50,7 +51,7 @@ class Tiling:
     splits: int = 1
     warps: int = 4
     stages: int = 3
-    lookup: str = "bytes"
+    lookup: str = "lanes"
 
 
 def decode_tiling(q: QuantizedArray, interpret: bool = False) -> Tiling:
@@ -61,15 +62,17 @@ def decode_tiling(q: QuantizedArray, interpret: bool = False) -> Tiling:
 
 def fold_tiling(q: QuantizedArray, interpret: bool = False) -> Tiling:
     """The tiling of `decode_folded`."""
-    return Tiling(64, splits=8, lookup="tree" if interpret else "bytes")
+    return Tiling(64, splits=8, stages=1, lookup="tree" if interpret else "lanes")
 
 
 def matmul_tiling(m: int, q: QuantizedArray, interpret: bool = False) -> Tiling:
-    """The tiling of `matmul` for m rows of x."""
-    lookup = "tree" if interpret else "bytes"
-    if m <= 4:
-        return Tiling(64, blocks=4, splits=8, stages=2, lookup=lookup)
-    return Tiling(64, splits=4 if m <= 16 else 2, lookup=lookup)
+    """The tiling of the product with m rows of x: of `matvec` for up to two, of `matmul` beyond."""
+    lookup = "tree" if interpret else "lanes"
+    if m <= 2:
+        return Tiling(32, blocks=4, splits=8, lookup=lookup)
+    if m <= 16:
+        return Tiling(64, blocks=4 if m <= 4 else 2, splits=4, lookup=lookup)
+    return Tiling(64, stages=4, lookup=lookup)
 
 
 def _divided(q: QuantizedArray, tiling: Tiling) -> tuple[int, int, int]:
@@ -95,8 +98,8 @@ def _levels(
 
     `beside` may hold two arrays in whose layout among the threads assembly has the levels.
     """
-    if lookup == "bytes":
-        return _levels_by_bytes(codes, parts, levels, np.dtype(dtype), beside)
+    if lookup in ("lanes", "bytes"):
+        return _levels_by_assembly(codes, parts, levels, lookup, np.dtype(dtype), beside)
     wide = codes.astype(jnp.int32)
     nibbles = (wide >> 4, wide & 15)
     if lookup == "table":
@@ -118,17 +121,24 @@ def _by_tree(nibbles: jax.Array, levels: np.ndarray) -> jax.Array:
     return select([jnp.float32(level) for level in levels], 3)
 
 
-def _levels_by_bytes(
-    codes: jax.Array, parts: Parts, levels: np.ndarray, dtype: np.dtype, beside: Sequence[jax.Array]
+def _levels_by_assembly(
+    codes: jax.Array,
+    parts: Parts,
+    levels: np.ndarray,
+    lookup: str,
+    dtype: np.dtype,
+    beside: Sequence[jax.Array],
 ) -> list[jax.Array]:
     table, size = levels.astype(dtype).tobytes(), dtype.itemsize
-    words = [jnp.full(codes.shape, parts["words"][k]) for k in range(2 * size)]
+    assembly = lane_assembly if lookup == "lanes" else byte_assembly
+    numbers = range(2 * size) if lookup == "bytes" else ()
+    words = [jnp.full(codes.shape, parts["words"][k]) for k in numbers]
     constraints = ["=&r"] * size + ["r"] * (1 + 4 * len(words) + 4 * len(beside[:1]))
     # One call for both would be natural, but Pallas lowers no assembly of two results. What the two
     # have in common ptxas finds. It sees no use of the array beside, but Triton cannot know that.
     return [
         plt.elementwise_inline_asm(
-            byte_assembly(table, size, nibble),
+            assembly(table, size, nibble),
             args=[codes, *words, *beside[number : number + 1]],
             constraints=",".join(constraints),
             pack=4,
@@ -136,6 +146,45 @@ def _levels_by_bytes(
         )[0]
         for number, nibble in enumerate(("high", "low"))
     ]
+
+
+@functools.lru_cache
+def lane_assembly(table: bytes, size: int, nibble: str) -> str:
+    """PTX that looks up the levels of four bytes' high or low nibbles.
+
+    Threads k and k + 16 of a warp select level k by their own number, which ptxas does once for all
+    codes. A level is then had from the thread that the code names: one shuffle, which looks at the
+    last four bits alone. A multiprocessor shuffles 32 lanes at once; of the operations on bits that
+    other look-ups are made of it does 64, but those take several for a level.
+
+    Args:
+      table: the sixteen levels' bytes, little-endian.
+      size: bytes a level, 2 or 4.
+      nibble: `"high"` or `"low"`.
+
+    Returns:
+      Assembly whose outputs are two registers of two levels or four of one, and whose input is a
+      register of four bytes.
+    """
+    options = [f"0x{level:X}" for level in np.frombuffer(table, f"u{size}")]
+    lines = ["mov.u32 s, %laneid;"]
+    for bit in range(4):
+        lines += [f"and.b32 q, s, {1 << bit};", "setp.ne.u32 odd, q, 0;"]
+        halved = [f"v{bit}_{k}" for k in range(len(options) // 2)]
+        lines += [
+            f"selp.b32 {to}, {options[2 * k + 1]}, {options[2 * k]}, odd;"
+            for k, to in enumerate(halved)
+        ]
+        options = halved
+    registers = [f"v{bit}_{k}" for bit in range(4) for k in range(8 >> bit)]
+    for k in range(4):
+        to = f"${k}" if size == 4 else "pq"[k % 2]
+        lines.append(f"shr.u32 s, ${size}, {8 * k + 4 * (nibble == 'high')};")
+        lines.append(f"shfl.sync.idx.b32 {to}, {options[0]}, s, 0x101F, 0xFFFFFFFF;")
+        if size == 2 and k % 2:
+            lines.append(f"prmt.b32 ${k // 2}, p, q, 0x5410;")
+    declared = f".reg .pred odd; .reg .b32 s, p, q, {', '.join(registers)};"
+    return f"{{ {declared} {' '.join(lines)} }}"
 
 
 @functools.lru_cache
@@ -353,10 +402,13 @@ def decode_folded(
             codes = _load(codes_ref, (at, pl.ds(block * h, h)), _column(mask))
             return codes, _raw_scales(parts, (at, block), row * count + block, mask)
 
-        def step(k: Any, loaded: tuple[jax.Array, Parts]) -> tuple[jax.Array, Parts]:
-            block = first + k
-            following = ahead(first + jnp.minimum(k + 1, np.int32(steps - 1)))
-            codes, raw = loaded
+        def step(k: Any, loaded: Any) -> Any:
+            block, following = first + k, None
+            if loaded is None:
+                codes, raw = ahead(block)
+            else:
+                codes, raw = loaded
+                following = ahead(first + jnp.minimum(k + 1, np.int32(steps - 1)))
             factors = [a_ref[parity, pl.ds(block * h, h), :].T for parity in (0, 1)]
             updates = [jnp.dot(b, a, preferred_element_type=jnp.float32) for a in factors]
             # Beside an update, levels are looked up in the layout in which the tensor cores leave
@@ -371,7 +423,8 @@ def decode_folded(
             _store(out_ref, (at, pl.ds(block * g, g)), _join(hi, lo), _column(mask))
             return following
 
-        lax.fori_loop(np.int32(0), np.int32(steps), step, ahead(first))
+        at_start = ahead(first) if tiling.stages > 1 else None
+        lax.fori_loop(np.int32(0), np.int32(steps), step, at_start)
 
     return pl.pallas_call(
         kernel,
