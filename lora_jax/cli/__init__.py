@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "text from a model and an adapter: a prompt, a file, a chat",
     "evaluate": "likelihood, accuracy and generations of a model and an adapter on data",
     "convert": "a run, an adapter or a model in the form that other programs read",
+    "memory": "what a training step takes, and whether it fits, before it is compiled",
     "inspect": "what a model, a run or an adapter holds, and what a rule would match",
 }
 

@@ -69,8 +69,18 @@ class ModelOptions:
     q4_1 are a GGUF file's own 4 bits, which stay as they are."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations; bfloat16 is mixed precision: adapters, optimizer and losses stay float32."""
-    remat: Literal["none", "nothing_saveable", "dots_saveable"] = "none"
-    """What to compute again in the backward pass instead of keeping it: trades time for memory."""
+    remat: Literal[
+        "none",
+        "auto",
+        "products",
+        "attention",
+        "stream",
+        "layer",
+        "nothing_saveable",
+        "dots_saveable",
+    ] = "none"
+    """What to save for the backward pass instead of everything: trades time for memory. auto is the
+    first of products, attention, stream and layer that fits the device."""
 
     @classmethod
     def of_run(cls, folder: str | None) -> ModelOptions:

@@ -73,7 +73,7 @@ def load_model(options: ModelOptions) -> Model:
     config = dataclasses.replace(
         checkpoint.config,
         dtype=jnp.dtype(options.dtype),
-        remat=None if options.remat == "none" else options.remat,
+        remat=None if options.remat in ("none", "auto") else options.remat,
     )
     return Model(
         Decoder(config),

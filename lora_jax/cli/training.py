@@ -12,16 +12,17 @@ from typing import Any
 
 import jax
 
-from lora_jax import data, train
+from lora_jax import data, memory, train
 from lora_jax.cli.failures import CliError, Stop, sentences, stoppable
 from lora_jax.cli.parsing import to_json
-from lora_jax.cli.problem import Model, Split, load_data, load_model, rules_for
+from lora_jax.cli.problem import KERNELS, Model, Split, load_data, load_model, rules_for
 from lora_jax.cli.report import Reporter, Rounds, shown
 from lora_jax.cli.run_config import Config
 from lora_jax.cli.run_folder import RunFolder
 from lora_jax.cli.scoring import LabelScorer, Scorer, Scores, make_scorer
 from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import init_adapters
+from lora_jax.models.decoder import Decoder
 
 # Options that say where things are, or how they are computed or kept, and not what is learned.
 UNIDENTIFYING = (
@@ -73,6 +74,8 @@ class Problem:
                 reporter.say(f"{name:<10}  {split.encoded}.")
                 reporter.event("data", split=name, **split.numbers())
         reporter.plan(model.base, adapters)
+        if config.model.remat == "auto":
+            model = _with_policy_that_fits(model, config, reporter)
 
         def scorer(split: Split | None) -> Scorer | None:
             if split is None:
@@ -101,6 +104,38 @@ class Problem:
             "model": self.model.checkpoint.digest,
             **{name: split.digest() for name, split in splits.items()},
         }
+
+
+def _with_policy_that_fits(model: Model, config: Config, reporter: Reporter) -> Model:
+    """The model with the policy that repeats least and still fits the device.
+
+    Raises:
+      CliError: if none fits.
+    """
+    shape, options = model.decoder.config, config.training
+    dense = config.model.base in ("float32", "bfloat16")
+    with sentences(ValueError):
+        setup = memory.Setup(
+            shape,
+            method="lora" if dense else "qlora",
+            rank=config.adapter.rank,
+            targets=config.adapter.targets,
+            batch=options.rows,
+            length=config.data.length,
+            accumulate=options.accumulate,
+            scan=shape.scan_layers,
+            chunk=512,
+            attention=shape.attention,
+            kind="nf4" if dense else config.model.base,
+            quantized=KERNELS,
+            dtype=shape.dtype,
+            param_dtype=config.model.base if dense else "float32",
+            fold=jax.default_backend() == "gpu",
+        )
+        policy = memory.auto_remat(setup)
+    reporter.say(f"--remat auto is {policy} here.")
+    reporter.event("remat", policy=policy)
+    return model._replace(decoder=Decoder(dataclasses.replace(shape, remat=policy)))
 
 
 @dataclasses.dataclass(frozen=True)

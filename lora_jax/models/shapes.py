@@ -55,7 +55,21 @@ _GEMMA = DecoderConfig(
     tied_head=True,
 )
 
+# GPT-3 175B as a decoder of this library: its layers, heads and widths, for plans of that size. Its
+# own MLP has two projections of width 49,152 where these are three of 32,768, as many parameters.
+# It learned its 2,048 positions, where these are turned. The vocabulary is rounded up to 50,304.
+_GPT_3 = DecoderConfig(
+    vocab_size=50_304,
+    dim=12_288,
+    mlp_dim=32_768,
+    num_layers=96,
+    num_heads=96,
+    num_kv_heads=96,
+    head_dim=128,
+)
+
 SHAPES: Mapping[str, DecoderConfig] = {
+    "gpt-3-175b": _GPT_3,
     "smollm2-135m": DecoderConfig(
         vocab_size=49_152,
         dim=576,
@@ -91,6 +105,14 @@ SHAPES: Mapping[str, DecoderConfig] = {
         _LLAMA_2, dim=8_192, mlp_dim=28_672, num_layers=80, num_heads=64, num_kv_heads=8
     ),
     "llama-3-8b": _LLAMA_3,
+    "llama-3.1-405b": dataclasses.replace(
+        _LLAMA_3,
+        dim=16_384,
+        mlp_dim=53_248,
+        num_layers=126,
+        num_heads=128,
+        rope_scaling=RopeScaling(factor=8.0, length=8_192, low=1.0, high=4.0),
+    ),
     "llama-3.2-1b": dataclasses.replace(_LLAMA_3_2, dim=2_048, num_layers=16, head_dim=64),
     "llama-3.2-3b": dataclasses.replace(_LLAMA_3_2, dim=3_072, num_layers=28, num_heads=24),
     "mistral-7b": dataclasses.replace(

@@ -1,0 +1,235 @@
+"""What a step needs beside its state: at which moment, and for what.
+
+A step has two moments at which most is alive, and its peak is the larger of them:
+
+    logits     every layer's saved values, and one chunk of logits with its gradient
+    backward   the same, and the working set of the last layer's backward pass
+
+The numbers of arrays below are those that XLA's buffer assignment for NVIDIA GPUs shows at these
+moments (JAX 0.11.2, kernels of `lora_jax.kernels.gpu`). They follow from what the backward pass
+reads, and from the order in which XLA's scheduler takes the products of a layer.
+
+Shapes: T tokens, D model width, F MLP width, Q = N * H width of all query heads, K of all key
+heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_jax.memory.setup import Setup
+from lora_jax.memory.trees import packed_bytes, weights
+
+WORKSPACE = 32 * 2**20  # that cuBLAS is given on Hopper
+REDZONE = 8 * 2**20  # on either side of an operand, by which the autotuner notices stray writes
+REDUCED = 256  # logits whose sums and maxima XLA takes together before it adds those up
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """What is alive beside the state, in bytes.
+
+    Attributes:
+      name: `"logits"` or `"backward"`.
+      activations: what the layers saved for the backward pass.
+      logits: of a chunk, in float32, and their gradient.
+      gradients: of adapters, or of all weights.
+      temporaries: the working set of a layer, decoded weights, workspaces.
+    """
+
+    name: str
+    activations: int
+    logits: int
+    gradients: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.activations + self.logits + self.gradients + self.temporaries
+
+
+class _Widths(NamedTuple):
+    """Bytes of one array of all tokens, by its width."""
+
+    d: int
+    f: int
+    q: int
+    k: int
+    statistics: int  # float32 a query head, of cuDNN's softmax
+
+    @classmethod
+    def of(cls, setup: Setup) -> _Widths:
+        shape, of_token = setup.shape, setup.tokens * setup.itemsize
+        return cls(
+            d=of_token * shape.dim,
+            f=of_token * shape.mlp_dim * max(1, shape.experts_per_token),
+            q=of_token * shape.num_heads * shape.head_dim,
+            k=of_token * shape.num_kv_heads * shape.head_dim,
+            statistics=4 * setup.tokens * shape.num_heads if setup.attention == "cudnn" else 0,
+        )
+
+
+def moments(setup: Setup, gradients: int) -> tuple[Moment, ...]:
+    """The moments of a step, of which the largest is its peak.
+
+    Args:
+      setup: the step.
+      gradients: bytes of all gradients together.
+    """
+    saved = setup.shape.num_layers * saved_bytes(setup)
+    # Sums over the parts of a batch are there all the time. Else scanned layers have theirs
+    # stacked from the start of the backward pass, and unrolled ones are applied as they come.
+    sums = gradients if setup.accumulate > 1 else 0
+    stacked = gradients if setup.scan or setup.method == "full" else 0
+    widths = _Widths.of(setup)
+    # The last layer's output; the positions to predict from, brought forward; their gradient.
+    around = 3 * widths.d
+    return (
+        Moment("logits", saved, logits_bytes(setup), sums, around),
+        Moment("backward", saved, 0, sums + stacked, _backward(setup, widths)),
+    )
+
+
+def saved_bytes(setup: Setup) -> int:
+    """What a layer saves for the backward pass, its input included."""
+    d, f, q, k, statistics = _Widths.of(setup)
+    shape, routed = setup.shape, setup.shape.experts_per_token
+    heads = (q + k) * shape.qk_norm
+    if setup.remat is None:
+        # Under a scan autodiff chooses what is stacked, and among it are both norms' inputs in
+        # float32, twice. In one program XLA sees which of that follows from the rest.
+        arrays = 11 * d + 6 * f if setup.scan else 4 * d + 3 * f
+        factors = sum(setup.tokens * setup.rank * setup.itemsize for _ in range(7))
+        return arrays + 2 * q + 2 * k + 2 * heads + statistics + _score_bytes(setup) + factors
+    saved = d
+    if setup.remat != "layer":
+        saved += d  # between attention and MLP
+    if setup.remat in ("attention", "products"):
+        # What attention made is saved by its name, and as the kernel's own result: the same array,
+        # which a scan stacks twice.
+        attended = 2 * q if setup.scan and setup.attention == "cudnn" else q
+        saved += q + 2 * k + attended + statistics + heads
+    if setup.remat == "products":
+        saved += 2 * f + routed * d + 2 * d * shape.post_norms
+    return saved
+
+
+def _score_bytes(setup: Setup) -> int:
+    """Products of queries and keys of a layer in float32, which the fused kernel never holds."""
+    if setup.attention == "cudnn":
+        return 0
+    return 4 * setup.rows * setup.shape.num_heads * setup.length**2
+
+
+def chunk_rows(setup: Setup) -> int:
+    """Positions whose logits are held at once, all rows together."""
+    if setup.chunk is None:
+        return setup.tokens
+    per_row = max(1, setup.chunk // setup.rows)
+    number = math.ceil(setup.length / per_row)
+    return setup.rows * math.ceil(setup.length / number)
+
+
+def logits_bytes(setup: Setup) -> int:
+    """A chunk of logits in float32, their gradient as activations are, and the sums in between."""
+    vocabulary = setup.shape.vocab_size
+    of_row = vocabulary * (4 + setup.itemsize) + 4 * math.ceil(vocabulary / REDUCED)
+    return chunk_rows(setup) * of_row
+
+
+def _backward(setup: Setup, widths: _Widths) -> int:
+    """The working set of a layer's backward pass, beside what is saved."""
+    d, f, q, k, statistics = widths
+    shape = setup.shape
+    # Of a layer that is computed again: the normed inputs of attention and MLP, the stream between
+    # them, what goes into attention and what comes out.
+    normed, attention = 2 * d, 2 * q + 2 * k + statistics
+    again = {
+        "layer": normed + d + attention,
+        "stream": normed + attention,
+        "attention": d,
+        "products": 0,
+        None: 0,
+    }[setup.remat]
+    if setup.remat in ("attention", "products", None) and setup.scan:
+        # A layer's part of the stacks is copied where a kernel that is not XLA's reads it.
+        copies = 3 if setup.attention == "cudnn" and setup.remat is not None else 2
+        again += copies * q + 2 * k + statistics + (3 * d if setup.remat is None else 0)
+    decoded = 0
+    if setup.method == "qlora":
+        decoded = shape.dim * shape.mlp_dim * setup.itemsize * max(1, shape.num_experts)
+    keeps_products = setup.remat in ("products", None)
+    # Gate, up and their gradients; saved ones are read where they lie, beside the gated product.
+    products = 3 * f if keeps_products else 4 * f
+    # Two arrays of them in float32, and as many again in half of that.
+    scores = 3 * _score_bytes(setup)
+    if setup.scan:
+        # Beside what comes from the layer above: what gate_proj and up_proj hand down, or one of
+        # it and both weights, or these with the codes of the second.
+        codes = _codes_of(setup, "mlp/gate_proj|experts/gate_proj")
+        moments = [
+            products + decoded + 3 * d,
+            products + 2 * decoded + d + max(d, codes),
+            4 * f + d,  # at the gate
+            products + 2 * (d + q + k) + scores,  # those of the MLP's adapters are taken last
+        ]
+    elif setup.remat is None:
+        moments = [
+            2 * (d + q + k) + scores,
+            f + d,
+        ]  # the gated product is saved, too; its gradient becomes those of the two
+    else:
+        moments = [2 * (d + q + k) + scores, 4 * f + d + (0 if keeps_products else decoded)]
+    if setup.method != "full" and not (setup.method == "qlora" and setup.fold):
+        # The update of each of the three products is an array of its own, before it is added. A
+        # layer of a stack of dense weights is copied out of it.
+        layer = _layer_bytes(setup) if setup.scan and setup.method == "lora" else 0
+        moments += [6 * f + d, 5 * f + d + layer]
+    work = max(moments) + again
+    # A kernel cannot read codes out of a stack: those of attention are copied from the start.
+    return work + WORKSPACE + (_codes_of(setup, "attn/._proj") if setup.scan else 0)
+
+
+def _codes_of(setup: Setup, pattern: str) -> int:
+    """Bytes of a layer's kernels in 4 bits, of those whose path has the pattern."""
+    if setup.method != "qlora":
+        return 0
+    found = [
+        weight
+        for weight in weights(setup.shape)
+        if weight.inner is not None and re.search(pattern, weight.path)
+    ]
+    return sum(sum(packed_bytes(setup, weight)) for weight in found) // setup.shape.num_layers
+
+
+def _layer_bytes(setup: Setup) -> int:
+    """The dense kernels of one layer, of experts those of all."""
+    itemsize = np.dtype(setup.param_dtype).itemsize
+    kernels = [w for w in weights(setup.shape) if w.path.endswith("_proj/kernel")]
+    return sum(w.parameters for w in kernels) * itemsize // setup.shape.num_layers
+
+
+def compiling_bytes(setup: Setup) -> int:
+    """What XLA's autotuner holds of the largest product while it tries the ways to take it.
+
+    Two operands in guarded memory, two results to compare, and a workspace each.
+    """
+    shape, size, tokens = setup.shape, setup.itemsize, setup.tokens
+    rows, expert_rows = chunk_rows(setup), tokens * max(1, shape.experts_per_token)
+    products = [  # rows, contracted, produced, bytes of a result
+        (rows, shape.dim, shape.vocab_size, 4),
+        (rows, shape.vocab_size, shape.dim, size),
+        (expert_rows, shape.dim, shape.mlp_dim, size),
+        (expert_rows, shape.mlp_dim, shape.dim, size),
+    ]
+    largest = max(
+        (rows * inner + inner * outer) * size + 2 * rows * outer * of_result
+        for rows, inner, outer, of_result in products
+    )
+    return largest + 4 * REDZONE + 2 * WORKSPACE
