@@ -175,18 +175,18 @@ def test_measured_peaks(layers, policy, scan, peak, program):
 # they are about.
 ASSIGNED = {
     "layer": (Setup(LLAMA, batch=4, chunk=256), 1_872_443_384),
-    "layer, unrolled": (Setup(LLAMA, batch=4, chunk=256, scan=False), 1_701_178_500),
+    "layer, unrolled": (Setup(LLAMA, batch=4, chunk=256, scan=False), 1_701_178_496),
     "stream": (Setup(LLAMA, batch=4, remat="stream", chunk=256), 1_990_328_576),
-    "attention": (Setup(LLAMA, batch=4, remat="attention", chunk=256), 2_834_643_280),
+    "attention": (Setup(LLAMA, batch=4, remat="attention", chunk=256), 2_834_643_248),
     "products": (Setup(LLAMA, batch=4, remat="products", chunk=256), 3_937_976_128),
     "none": (Setup(LLAMA, batch=4, remat=None, chunk=256), 8_513_505_296),
     "a dense base": (
         Setup(LLAMA, method="lora", batch=4, remat="attention", chunk=256),
-        3_110_724_928,
+        3_110_726_280,
     ),
     "few tokens, large weights": (
         Setup(SHAPES["llama-65b"], rank=8, batch=4, length=512, chunk=512),
-        4_764_794_216,
+        4_764_794_104,
     ),
     "a model of 135M": (
         Setup(SHAPES["smollm2-135m"], batch=16, length=512, remat="products"),

@@ -118,7 +118,8 @@ def measured(config: Draw) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not out.is_file():
             return {"error": (done.stderr or done.stdout).strip().splitlines()[-1:]}
-        return json.loads(out.read_text())
+        result = json.loads(out.read_text())
+        return result if result["peak_gib"] else {"error": "the device counts no peak; use a GPU"}
 
 
 def compared(config: Draw, memory: Memory, result: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def main() -> None:
             continue
         result = measured(config)
         seconds = time.perf_counter() - started
-        if "peak_gib" not in result:
+        if "error" in result:
             print(f"; failed after {seconds:.0f} s: {result['error']}", flush=True)
             rows.append({**dataclasses.asdict(config), "failed": result["error"]})
             continue

@@ -101,7 +101,9 @@ def predict(setup: Setup) -> Memory:
     """The memory of a step, from its description alone.
 
     State is exact. What is alive at the peak holds for a program that XLA compiles for one NVIDIA
-    GPU, and for `lora_jax.models.Decoder` with the chunked cross-entropy of `lora_jax.train`.
+    GPU, and for `lora_jax.models.Decoder` with the chunked cross-entropy of `lora_jax.train`, whose
+    sequences need no mask. The state of `lj.train.fit` has the adapters once more, as they were
+    when the loss was last finite.
 
     Args:
       setup: the step.

@@ -7,7 +7,8 @@ A step has two moments at which most is alive, and its peak is the larger of the
 
 The numbers of arrays below are those that XLA's buffer assignment for NVIDIA GPUs shows at these
 moments (JAX 0.11.2, kernels of `lora_jax.kernels.gpu`). They follow from what the backward pass
-reads, and from the order in which XLA's scheduler takes the products of a layer.
+reads, and from the order in which XLA's scheduler takes the products of a layer. No factor is
+fitted: each term is an array, or a few of one size, that can be pointed at in the program.
 
 Shapes: T tokens, D model width, F MLP width, Q = N * H width of all query heads, K of all key
 heads, V vocabulary.
@@ -102,11 +103,12 @@ def saved_bytes(setup: Setup) -> int:
     shape, routed = setup.shape, setup.shape.experts_per_token
     heads = (q + k) * shape.qk_norm
     if setup.remat is None:
-        # Under a scan autodiff chooses what is stacked, and among it are both norms' inputs in
-        # float32, twice. In one program XLA sees which of that follows from the rest.
+        # Under a scan all is stacked that autodiff asks for: gate, up, the gated product and three
+        # steps on the way to it; the stream and both normed inputs; four steps of the norms in
+        # float32. In one program XLA sees what of that follows from the rest.
         arrays = 11 * d + 6 * f if setup.scan else 4 * d + 3 * f
-        factors = sum(setup.tokens * setup.rank * setup.itemsize for _ in range(7))
-        return arrays + 2 * q + 2 * k + 2 * heads + statistics + _score_bytes(setup) + factors
+        hidden = 7 * setup.tokens * setup.rank * setup.itemsize  # between the factors of adapters
+        return arrays + 2 * q + 2 * k + 2 * heads + statistics + _score_bytes(setup) + hidden
     saved = d
     if setup.remat != "layer":
         saved += d  # between attention and MLP
@@ -145,55 +147,66 @@ def logits_bytes(setup: Setup) -> int:
 
 def _backward(setup: Setup, widths: _Widths) -> int:
     """The working set of a layer's backward pass, beside what is saved."""
-    d, f, q, k, statistics = widths
-    shape = setup.shape
-    # Of a layer that is computed again: the normed inputs of attention and MLP, the stream between
-    # them, what goes into attention and what comes out.
-    normed, attention = 2 * d, 2 * q + 2 * k + statistics
+    work = max(_while_backward(setup, widths)) + _recomputed(setup, widths)
+    # A kernel cannot read codes out of a stack: those of attention are copied from the start.
+    return work + WORKSPACE + (_codes_of(setup, "attn/._proj") if setup.scan else 0)
+
+
+def _recomputed(setup: Setup, widths: _Widths) -> int:
+    """What of a layer is there again for its backward pass, without the width of the MLP."""
+    d, _, q, k, statistics = widths
+    attention = 2 * q + 2 * k + statistics  # what goes into it, and what comes out
     again = {
-        "layer": normed + d + attention,
-        "stream": normed + attention,
+        "layer": 3 * d + attention,  # the normed inputs of attention and MLP, the stream between
+        "stream": 2 * d + attention,
         "attention": d,
         "products": 0,
-        None: 0,
+        None: 3 * d if setup.scan else 0,
     }[setup.remat]
-    if setup.remat in ("attention", "products", None) and setup.scan:
-        # A layer's part of the stacks is copied where a kernel that is not XLA's reads it.
-        copies = 3 if setup.attention == "cudnn" and setup.remat is not None else 2
-        again += copies * q + 2 * k + statistics + (3 * d if setup.remat is None else 0)
+    if setup.scan and setup.remat in ("attention", "products", None):
+        # A kernel cannot read out of a stack what was saved for it, either: that is copied, and
+        # what was stacked twice, twice.
+        again += attention
+        again += q if setup.attention == "cudnn" and setup.remat is not None else 0
+    return again
+
+
+def _while_backward(setup: Setup, widths: _Widths) -> list[int]:
+    """What else is alive while a layer is gone through backwards, at each point that may be most.
+
+    Saved gates are read where they lie; those that are computed again are replaced by their
+    gradients only when the last adapter of the MLP has had its own.
+    """
+    d, f, q, k, _ = widths
+    of_mlp = 3 * f if setup.remat in ("products", None) else 4 * f
     decoded = 0
     if setup.method == "qlora":
-        decoded = shape.dim * shape.mlp_dim * setup.itemsize * max(1, shape.num_experts)
-    keeps_products = setup.remat in ("products", None)
-    # Gate, up and their gradients; saved ones are read where they lie, beside the gated product.
-    products = 3 * f if keeps_products else 4 * f
-    # Two arrays of them in float32, and as many again in half of that.
-    scores = 3 * _score_bytes(setup)
+        experts = max(1, setup.shape.num_experts)
+        decoded = setup.shape.dim * setup.shape.mlp_dim * setup.itemsize * experts
+    # Queries and keys and their products' gradients; the products in float32, where they are held,
+    # and twice as many in 16 bits.
+    at_attention = 2 * (d + q + k) + 3 * _score_bytes(setup)
     if setup.scan:
-        # Beside what comes from the layer above: what gate_proj and up_proj hand down, or one of
-        # it and both weights, or these with the codes of the second.
+        # What comes from the layer above, and what gate_proj and up_proj hand down; or one of the
+        # two and both weights; or both weights, and the codes of the second.
         codes = _codes_of(setup, "mlp/gate_proj|experts/gate_proj")
-        moments = [
-            products + decoded + 3 * d,
-            products + 2 * decoded + d + max(d, codes),
-            4 * f + d,  # at the gate
-            products + 2 * (d + q + k) + scores,  # those of the MLP's adapters are taken last
+        points = [
+            of_mlp + decoded + 3 * d,
+            of_mlp + 2 * decoded + d + max(d, codes),
+            4 * f + d,
+            of_mlp + at_attention,
         ]
     elif setup.remat is None:
-        moments = [
-            2 * (d + q + k) + scores,
-            f + d,
-        ]  # the gated product is saved, too; its gradient becomes those of the two
+        # The gated product is saved as well, and its gradient becomes those of gate and up.
+        points = [f + d, at_attention]
     else:
-        moments = [2 * (d + q + k) + scores, 4 * f + d + (0 if keeps_products else decoded)]
-    if setup.method != "full" and not (setup.method == "qlora" and setup.fold):
+        points = [4 * f + d + (decoded if setup.remat != "products" else 0), at_attention]
+    if setup.method == "lora" or (setup.method == "qlora" and not setup.fold):
         # The update of each of the three products is an array of its own, before it is added. A
         # layer of a stack of dense weights is copied out of it.
         layer = _layer_bytes(setup) if setup.scan and setup.method == "lora" else 0
-        moments += [6 * f + d, 5 * f + d + layer]
-    work = max(moments) + again
-    # A kernel cannot read codes out of a stack: those of attention are copied from the start.
-    return work + WORKSPACE + (_codes_of(setup, "attn/._proj") if setup.scan else 0)
+        points += [6 * f + d, 5 * f + d + layer]
+    return points
 
 
 def _codes_of(setup: Setup, pattern: str) -> int:
