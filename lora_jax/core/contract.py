@@ -2,8 +2,10 @@
 
 The sum `W + scale·BA` is never differentiated: its gradient would cost 6·T·in·out operations
 instead of 4·T·in·out for T tokens. Nor is it kept, which would cost the memory that a 4-bit base
-saved; on a GPU folded.py forms it where such a weight is decoded for a product anyway. Every function
-here returns None where a use has no factored form, and leaves the verdict to its caller.
+saved; on a GPU folded.py forms it where such a weight is decoded for a product anyway.
+
+Every function here returns None where a use has no factored form, and leaves the verdict to its
+caller.
 """
 
 from __future__ import annotations
