@@ -19,9 +19,8 @@ import jax
 from lora_jax.core.leaves import Adapter, QuantizedArray
 from lora_jax.core.view import View
 
-LEAST_ROWS = (
-    128  # fewer are bound by reading the codes, and a product of few rows is its own kernel
-)
+# Products of fewer rows are bound by reading the codes, and have a kernel of their own.
+LEAST_ROWS = 128
 
 
 def folds(view: View, x: jax.Array, rows: int) -> bool:

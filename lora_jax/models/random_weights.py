@@ -6,7 +6,6 @@ A 175B model takes 350 GB before it is quantized, and 90 after; here it never ex
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -72,7 +71,7 @@ def random_base(
 
 def _random_codes(key: jax.Array, like: QuantizedArray) -> QuantizedArray:
     levels = codebook(like.kind, like.block_size)
-    scale = SPREAD / math.sqrt((levels**2).mean())
+    scale = SPREAD / levels.std()
     fields: dict[str, Any] = {"codes": _random_bits(key, like.codes.shape)}
     if like.group_scales is None:
         fields["scales"] = jnp.full(like.scales.shape, scale, like.scales.dtype)
