@@ -20,6 +20,7 @@ import lora_jax as lj
 from lora_jax import kernels
 from lora_jax.core.codebooks import KINDS, codebook
 from lora_jax.kernels import dispatch, gpu, xla
+from lora_jax.kernels.lookup import lane_assembly
 
 RNG = np.random.default_rng(5)
 
@@ -66,12 +67,6 @@ def test_decode_gives_the_same_bits(case):
         assert_same_bits(kernels.decode(q), xla.decode(q))
 
 
-def test_table_lookup_gives_the_same_bits():
-    q = weight(*WEIGHTS[0])
-    run = functools.partial(gpu.decode, tiling=gpu.Tiling(rows=64, lookup="table"), interpret=True)
-    assert_same_bits(jax.jit(run)(q), xla.decode(q))
-
-
 @pytest.mark.parametrize(("number", "rank"), [(0, 8), (2, 20), (5, 1)])
 def test_folded_update(number, rank):
     q = weight(*WEIGHTS[number])
@@ -114,9 +109,7 @@ def test_product_of_few_rows(number, rows, dtype):
         assert distance(kernels.matmul(x, q, dtype), want) < 4e-3
 
 
-@pytest.mark.parametrize(
-    "tiling", [gpu.Tiling(64, 2, lookup="table"), gpu.Tiling(32, 4, 2, lookup="tree")]
-)
+@pytest.mark.parametrize("tiling", [gpu.Tiling(64, 2), gpu.Tiling(32, 4, 2)])
 @pytest.mark.parametrize("product", [gpu.matmul, gpu.matvec])
 def test_other_tilings_of_the_product(tiling, product):
     q = weight("nf4", 64, True, (80, 512), "bfloat16")
@@ -196,9 +189,7 @@ def run_assembly(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.n
         x, y, z, last = (*map(read, names), *[read("0")] * 4)[:4]
         if operation == "mov.u32":
             value = x
-        elif operation == "shl.b32":
-            value = x << y
-        elif operation in ("shr.b32", "shr.u32"):
+        elif operation == "shr.u32":
             value = x >> y
         elif operation == "and.b32":
             value = x & y
@@ -212,11 +203,6 @@ def run_assembly(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.n
             source = (lane & segment) | (y & 31 & ~segment)
             assert (source <= ((lane & segment) | (z & 31 & ~segment))).all()
             value = x[source]
-        elif operation == "lop3.b32":
-            value = np.zeros(32, np.uint32)
-            for k in range(32):
-                p, q, r = (v >> k & 1 for v in (x, y, z))
-                value |= (last >> (4 * p + 2 * q + r) & 1) << k
         else:
             assert operation == "prmt.b32"
             source = np.stack([v >> 8 * k & 0xFF for v in (x, y) for k in range(4)])
@@ -230,17 +216,15 @@ def run_assembly(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.n
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32], ids=str)
-def test_lookups_in_assembly(kind, dtype):
+def test_lookup_in_assembly(kind, dtype):
     levels = codebook(kind, 64).astype(dtype)
     size = levels.dtype.itemsize
-    words = [np.full(32, w).view(np.uint32) for w in gpu.byte_words(levels) for _ in range(4)]
     fours = RNG.integers(0, 256, (32, 4), dtype=np.uint8)
     for nibble, shift in (("high", 4), ("low", 0)):
-        for assembly, beside in ((gpu.lane_assembly, []), (gpu.byte_assembly, words)):
-            text = assembly(levels.tobytes(), size, nibble)
-            found = run_assembly(text, [fours.view("<u4")[:, 0], *beside], size)
-            want = levels[(fours >> shift) & 15]
-            assert np.stack(found, axis=1).tobytes() == want.tobytes()
+        text = lane_assembly(levels.tobytes(), size, nibble)
+        found = run_assembly(text, [fours.view("<u4")[:, 0]], size)
+        want = levels[(fours >> shift) & 15]
+        assert np.stack(found, axis=1).tobytes() == want.tobytes()
 
 
 # The choice.

@@ -44,42 +44,20 @@ from lora_jax.kernels.gpu import Tiling
 BLOCK = 64
 RANK = 16
 
-# What to try, the most promising first. Plain decoding: look-up, rows, warps.
-DECODES = [("table", 64, 4), ("lanes", 64, 4), ("lanes", 32, 2), ("bytes", 32, 2)]
-# Decoding with a fold: look-up, rows, splits, warps, stages.
+# What to try, the most promising first.
+DECODES = [Tiling(64), Tiling(32, warps=2)]
 FOLDS = [
-    ("lanes", 64, 8, 4, 1),
-    ("bytes", 64, 8, 4, 1),
-    ("lanes", 32, 8, 2, 1),
-    ("lanes", 64, 8, 4, 3),
-    ("lanes", 64, 64, 4, 1),
-    ("lanes", 128, 8, 4, 1),
+    Tiling(64, splits=8, stages=1),
+    Tiling(32, splits=8, warps=2, stages=1),
+    Tiling(64, splits=64, stages=1),
+    Tiling(128, splits=8, stages=1),
 ]
-# Products of so many rows of x: the kernel; look-up, rows, blocks, splits, warps, stages.
+# Products of so many rows of x: of up to two `matvec`, beyond `matmul`.
 PRODUCTS = {
-    1: [
-        (gpu.matvec, ("lanes", 32, 4, 8, 4, 3)),
-        (gpu.matvec, ("bytes", 32, 4, 8, 4, 3)),
-        (gpu.matvec, ("lanes", 16, 8, 4, 4, 3)),
-        (gpu.matvec, ("lanes", 16, 8, 8, 4, 3)),
-    ],
-    4: [
-        (gpu.matmul, ("lanes", 64, 4, 4, 4, 3)),
-        (gpu.matmul, ("lanes", 64, 4, 8, 4, 2)),
-        (gpu.matmul, ("bytes", 64, 4, 8, 4, 2)),
-    ],
-    16: [
-        (gpu.matmul, ("lanes", 64, 2, 4, 4, 3)),
-        (gpu.matmul, ("bytes", 64, 2, 4, 4, 3)),
-        (gpu.matmul, ("lanes", 64, 2, 2, 4, 3)),
-        (gpu.matmul, ("lanes", 64, 1, 2, 4, 3)),
-    ],
-    64: [
-        (gpu.matmul, ("lanes", 64, 1, 1, 4, 4)),
-        (gpu.matmul, ("bytes", 64, 1, 1, 4, 4)),
-        (gpu.matmul, ("lanes", 64, 1, 2, 4, 3)),
-        (gpu.matmul, ("lanes", 128, 1, 2, 4, 3)),
-    ],
+    1: [Tiling(32, 4, 8), Tiling(16, 8, 4), Tiling(16, 8, 8)],
+    4: [Tiling(64, 4, 4), Tiling(64, 4, 8, stages=2)],
+    16: [Tiling(64, 2, 4), Tiling(64, 2, 2), Tiling(64, 1, 2)],
+    64: [Tiling(64, stages=4), Tiling(64, 1, 2), Tiling(128, 1, 2)],
 }
 
 
@@ -165,9 +143,7 @@ class Case:
 def described(tiling: Tiling) -> str:
     """A tiling in a few letters."""
     t = tiling
-    text = f"{t.lookup} rows={t.rows} blocks={t.blocks} splits={t.splits}"
-    text += f" warps={t.warps} stages={t.stages}"
-    return text
+    return f"rows={t.rows} blocks={t.blocks} splits={t.splits} warps={t.warps} stages={t.stages}"
 
 
 def bits_that_differ(got: jax.Array, want: jax.Array) -> str:
@@ -198,8 +174,7 @@ def decodes(weights: list[QuantizedArray]) -> Iterator[Case]:
     want = xla.decode(q)
     error = functools.partial(bits_that_differ, want=want)
     yield Case("decode", "XLA", xla.decode, [(q,) for q in weights[:4]], size, error)
-    for lookup, rows, warps in DECODES:
-        tiling = Tiling(rows, warps=warps, lookup=lookup)
+    for tiling in DECODES:
         fn = functools.partial(gpu.decode, tiling=tiling)
         yield Case("decode", described(tiling), fn, sets, size, error)
 
@@ -222,8 +197,7 @@ def folds(weights: list[QuantizedArray], key: jax.Array) -> Iterator[Case]:
         return (wide + 2.0 * (b @ a)).astype(jnp.bfloat16)
 
     yield Case("decode + fold", "XLA", by_xla, sets, size, functools.partial(relative, want=want))
-    for lookup, rows, splits, warps, stages in FOLDS:
-        tiling = Tiling(rows, splits=splits, warps=warps, stages=stages, lookup=lookup)
+    for tiling in FOLDS:
 
         def fn(q: Any, a: Any, b: Any, dtype: Any = jnp.bfloat16, tiling: Tiling = tiling) -> Any:
             return gpu.decode_folded(q, a, -2.0 * b, dtype, tiling)
@@ -253,11 +227,11 @@ def products(weights: list[QuantizedArray], m: int, key: jax.Array) -> Iterator[
     if m > 64:
         fn = lambda x, q: x @ xla.decode(q).T  # noqa: E731
         yield Case(group, "XLA decode, product", fn, sets, size, error)
-        fn = lambda x, q: x @ gpu.decode(q, Tiling(rows=64, lookup="table")).T  # noqa: E731
+        fn = lambda x, q: x @ gpu.decode(q, Tiling(rows=64)).T  # noqa: E731
         yield Case(group, "Pallas decode, product", fn, sets, size, error)
         return
-    for kernel, (lookup, *numbers) in PRODUCTS[m]:
-        tiling = Tiling(*numbers, lookup=lookup)
+    kernel = gpu.matvec if m <= 2 else gpu.matmul
+    for tiling in PRODUCTS[m]:
         fn = functools.partial(kernel, dtype=jnp.bfloat16, tiling=tiling)
         yield Case(group, f"{kernel.__name__} {described(tiling)}", fn, sets, size, error)
 

@@ -314,7 +314,7 @@ def _has_kernels() -> bool:
 def _kernel_decode(q: QuantizedArray, interpret: bool) -> jax.Array:
     from lora_jax.kernels import gpu
 
-    return gpu.decode(q, gpu.decode_tiling(q, interpret), interpret=interpret)
+    return gpu.decode(q, gpu.decode_tiling(q), interpret=interpret)
 
 
 def _kernel_folded(
@@ -322,16 +322,14 @@ def _kernel_folded(
 ) -> jax.Array:
     from lora_jax.kernels import gpu
 
-    tiling = gpu.fold_tiling(q, interpret)
-    return gpu.decode_folded(q, a, minus_b, dtype, tiling, interpret=interpret)
+    return gpu.decode_folded(q, a, minus_b, dtype, gpu.FOLD, interpret=interpret)
 
 
 def _kernel_matmul(x: jax.Array, q: QuantizedArray, dtype: Any, interpret: bool) -> jax.Array:
     from lora_jax.kernels import gpu
 
     product = gpu.matvec if x.shape[0] <= 2 else gpu.matmul
-    tiling = gpu.matmul_tiling(x.shape[0], q, interpret)
-    return product(x, q, dtype, tiling, interpret=interpret)
+    return product(x, q, dtype, gpu.matmul_tiling(x.shape[0]), interpret=interpret)
 
 
 _DECODE = _operation("decode", xla.decode, _kernel_decode, _decode_obstacle)

@@ -2,20 +2,13 @@
 
 Each takes one matrix `[out, in]` (`vmap` adds batch axes) whose blocks do not cross rows. In the
 shapes, `G` is the block size and `h = G/2` its bytes; `hi` and `lo` are the earlier and the later
-element of each byte. Look-ups:
-
-    table   a load from the sixteen levels, which stay in the first-level cache
-    tree    fifteen selections
-    lanes   a shuffle: each thread of a warp holds one level; in PTX, and nothing but a GPU runs it
-    bytes   four codes at a time by byte permutation, likewise
+element of each byte.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,6 +20,7 @@ from jax.experimental.pallas import triton as plt
 
 from lora_jax.core.codebooks import codebook, scale_codebook
 from lora_jax.core.leaves import QuantizedArray
+from lora_jax.kernels.lookup import look_up
 from lora_jax.kernels.xla import GROUP, _product_then_sum
 
 GROUP_BITS = GROUP.bit_length() - 1
@@ -42,8 +36,7 @@ class Tiling:
       blocks: blocks along a row it handles at once (products only).
       splits: programs that share a row.
       warps: of 32 threads, a program.
-      stages: of the software pipeline; with one, what a step needs is loaded in it.
-      lookup: `"table"`, `"tree"`, `"lanes"` or `"bytes"`.
+      stages: of the software pipeline.
     """
 
     rows: int
@@ -51,28 +44,23 @@ class Tiling:
     splits: int = 1
     warps: int = 4
     stages: int = 3
-    lookup: str = "lanes"
 
 
-def decode_tiling(q: QuantizedArray, interpret: bool = False) -> Tiling:
+FOLD = Tiling(64, splits=8, stages=1)  # of `decode_folded`
+
+
+def decode_tiling(q: QuantizedArray) -> Tiling:
     """The tiling of `decode`."""
-    rows = max(1, min(GROUP, 4096 // q.block_size))
-    return Tiling(rows, lookup="tree" if interpret else "table")
+    return Tiling(max(1, min(GROUP, 4096 // q.block_size)))
 
 
-def fold_tiling(q: QuantizedArray, interpret: bool = False) -> Tiling:
-    """The tiling of `decode_folded`."""
-    return Tiling(64, splits=8, stages=1, lookup="tree" if interpret else "lanes")
-
-
-def matmul_tiling(m: int, q: QuantizedArray, interpret: bool = False) -> Tiling:
+def matmul_tiling(m: int) -> Tiling:
     """The tiling of the product with m rows of x: of `matvec` for up to two, of `matmul` beyond."""
-    lookup = "tree" if interpret else "lanes"
     if m <= 2:
-        return Tiling(32, blocks=4, splits=8, lookup=lookup)
+        return Tiling(32, blocks=4, splits=8)
     if m <= 16:
-        return Tiling(64, blocks=4 if m <= 4 else 2, splits=4, lookup=lookup)
-    return Tiling(64, stages=4, lookup=lookup)
+        return Tiling(64, blocks=4 if m <= 4 else 2, splits=4)
+    return Tiling(64, stages=4)
 
 
 def _divided(q: QuantizedArray, tiling: Tiling) -> tuple[int, int, int]:
@@ -81,165 +69,6 @@ def _divided(q: QuantizedArray, tiling: Tiling) -> tuple[int, int, int]:
     blocks = math.gcd(count, tiling.blocks)
     splits = math.gcd(count // blocks, tiling.splits)
     return blocks, splits, count // blocks // splits
-
-
-# Levels.
-
-
-def _levels(
-    codes: jax.Array,
-    parts: Parts,
-    levels: np.ndarray,
-    lookup: str,
-    dtype: Any,
-    beside: Sequence[jax.Array] = (),
-) -> Any:
-    """The levels of the high and of the low nibbles of `codes`, in float32 or in 16 bits.
-
-    `beside` may hold two arrays in whose layout among the threads assembly has the levels.
-    """
-    if lookup in ("lanes", "bytes"):
-        return _levels_by_assembly(codes, parts, levels, lookup, np.dtype(dtype), beside)
-    wide = codes.astype(jnp.int32)
-    nibbles = (wide >> 4, wide & 15)
-    if lookup == "table":
-        return tuple(parts["levels"][x].astype(dtype) for x in nibbles)
-    return tuple(_by_tree(x, levels).astype(dtype) for x in nibbles)
-
-
-def _by_tree(nibbles: jax.Array, levels: np.ndarray) -> jax.Array:
-    bits = [(nibbles & (1 << k)) != 0 for k in range(4)]
-
-    def select(options: list[Any], bit: int) -> Any:
-        if len(options) == 1:
-            return options[0]
-        half = len(options) // 2
-        return jnp.where(
-            bits[bit], select(options[half:], bit - 1), select(options[:half], bit - 1)
-        )
-
-    return select([jnp.float32(level) for level in levels], 3)
-
-
-def _levels_by_assembly(
-    codes: jax.Array,
-    parts: Parts,
-    levels: np.ndarray,
-    lookup: str,
-    dtype: np.dtype,
-    beside: Sequence[jax.Array],
-) -> list[jax.Array]:
-    table, size = levels.astype(dtype).tobytes(), dtype.itemsize
-    assembly = lane_assembly if lookup == "lanes" else byte_assembly
-    numbers = range(2 * size) if lookup == "bytes" else ()
-    words = [jnp.full(codes.shape, parts["words"][k]) for k in numbers]
-    constraints = ["=&r"] * size + ["r"] * (1 + 4 * len(words) + 4 * len(beside[:1]))
-    # One call for both would be natural, but Pallas lowers no assembly of two results. What the two
-    # have in common ptxas finds. It sees no use of the array beside, but Triton cannot know that.
-    return [
-        plt.elementwise_inline_asm(
-            assembly(table, size, nibble),
-            args=[codes, *words, *beside[number : number + 1]],
-            constraints=",".join(constraints),
-            pack=4,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, dtype)],
-        )[0]
-        for number, nibble in enumerate(("high", "low"))
-    ]
-
-
-@functools.lru_cache
-def lane_assembly(table: bytes, size: int, nibble: str) -> str:
-    """PTX that looks up the levels of four bytes' high or low nibbles.
-
-    Threads k and k + 16 of a warp select level k by their own number, which ptxas does once for all
-    codes. A level is then had from the thread that the code names: one shuffle, which looks at the
-    last four bits alone. A multiprocessor shuffles 32 lanes at once; of the operations on bits that
-    other look-ups are made of it does 64, but those take several for a level.
-
-    Args:
-      table: the sixteen levels' bytes, little-endian.
-      size: bytes a level, 2 or 4.
-      nibble: `"high"` or `"low"`.
-
-    Returns:
-      Assembly whose outputs are two registers of two levels or four of one, and whose input is a
-      register of four bytes.
-    """
-    options = [f"0x{level:X}" for level in np.frombuffer(table, f"u{size}")]
-    lines = ["mov.u32 s, %laneid;"]
-    for bit in range(4):
-        lines += [f"and.b32 q, s, {1 << bit};", "setp.ne.u32 odd, q, 0;"]
-        halved = [f"v{bit}_{k}" for k in range(len(options) // 2)]
-        lines += [
-            f"selp.b32 {to}, {options[2 * k + 1]}, {options[2 * k]}, odd;"
-            for k, to in enumerate(halved)
-        ]
-        options = halved
-    registers = [f"v{bit}_{k}" for bit in range(4) for k in range(8 >> bit)]
-    for k in range(4):
-        to = f"${k}" if size == 4 else "pq"[k % 2]
-        lines.append(f"shr.u32 s, ${size}, {8 * k + 4 * (nibble == 'high')};")
-        lines.append(f"shfl.sync.idx.b32 {to}, {options[0]}, s, 0x101F, 0xFFFFFFFF;")
-        if size == 2 and k % 2:
-            lines.append(f"prmt.b32 ${k // 2}, p, q, 0x5410;")
-    declared = f".reg .pred odd; .reg .b32 s, p, q, {', '.join(registers)};"
-    return f"{{ {declared} {' '.join(lines)} }}"
-
-
-@functools.lru_cache
-def byte_assembly(table: bytes, size: int, nibble: str) -> str:
-    """PTX that looks up the levels of four bytes' high or low nibbles.
-
-    A nibble is what `prmt` takes to choose one of eight bytes, so two of them look up one byte of
-    four levels at once, from either half of the codebook; the fourth bit of each code, spread over
-    a byte by `prmt`'s sign mode, chooses between the two. The bytes are then put together.
-
-    Args:
-      table: the sixteen levels' bytes, little-endian.
-      size: bytes a level, 2 or 4.
-      nibble: `"high"` or `"low"`.
-
-    Returns:
-      Assembly whose outputs are two registers of two levels or four of one. Its inputs are a
-      register of four bytes, and four times each, as for four elements, the words `byte_words`:
-      of `prmt`'s operands one alone can be a constant, and ptxas would move the other into a
-      register before each use.
-    """
-    planes = _planes(np.frombuffer(table, f"u{size}"))
-    pick = {"high": "0x7351", "low": "0x6240"}[nibble]
-    lines = [f"shl.b32 s, ${size}, 4;", f"and.b32 m, ${size}, 0x77777777;"]
-    for half, spread in enumerate(("0xD9C8", "0xFBEA")):
-        lines += ["shr.b32 m, m, 16;"] * half
-        lines.append(f"prmt.b32 k, s, ${size}, {spread};")
-        for number, plane in enumerate(planes):
-            words = [f"0x{word:08X}" for word in plane]
-            words[0], words[2] = (f"${size + 1 + 4 * k}" for k in (2 * number, 2 * number + 1))
-            lines += [
-                f"prmt.b32 p, {words[0]}, {words[1]}, m;",
-                f"prmt.b32 q, {words[2]}, {words[3]}, m;",
-                f"lop3.b32 b{number}, p, q, k, 0xD8;",
-            ]
-        if size == 2:
-            lines.append(f"prmt.b32 ${half}, b0, b1, {pick};")
-        else:
-            lines += [
-                f"prmt.b32 p, b0, b1, {pick};",
-                f"prmt.b32 q, b2, b3, {pick};",
-                f"prmt.b32 ${2 * half}, p, q, 0x5410;",
-                f"prmt.b32 ${2 * half + 1}, p, q, 0x7632;",
-            ]
-    return "{ .reg .b32 s, m, k, p, q, b0, b1, b2, b3; " + " ".join(lines) + " }"
-
-
-def byte_words(levels: np.ndarray) -> np.ndarray:
-    """The words of the levels' bytes that the assembly takes as inputs, int32."""
-    return _planes(levels)[:, ::2].reshape(-1).view(np.int32)
-
-
-def _planes(levels: np.ndarray) -> np.ndarray:
-    """Byte k of every level in row k, as four words `[size, 4]`."""
-    return levels.view(np.uint8).reshape(16, -1).T.copy().view("<u4")
 
 
 # Scales.
@@ -261,7 +90,7 @@ def _scales_of(parts: Parts, raw: Parts) -> jax.Array:
     return _product_then_sum(levels, raw["groups"], parts["offset"][0])
 
 
-def _parts(q: QuantizedArray, lookup: str, dtype: Any = np.float32) -> Parts:
+def _parts(q: QuantizedArray) -> Parts:
     parts: Parts = {"scales": q.scales}
     if q.group_scales is not None:
         parts["groups"] = q.group_scales
@@ -269,11 +98,6 @@ def _parts(q: QuantizedArray, lookup: str, dtype: Any = np.float32) -> Parts:
         parts["offset"] = q.offset.reshape(1)
     if q.minimum is not None:
         parts["minimum"] = q.minimum
-    levels = codebook(q.kind, q.block_size)
-    if lookup == "table":
-        parts["levels"] = jnp.asarray(levels)
-    if lookup == "bytes":
-        parts["words"] = jnp.asarray(byte_words(levels.astype(dtype)))
     return parts
 
 
@@ -298,7 +122,7 @@ def decode(q: QuantizedArray, tiling: Tiling, *, interpret: bool = False) -> jax
     """
     (out, inn), g = q.matrix_shape, q.block_size
     total, n = out * inn // g, tiling.rows
-    parts = _parts(q, tiling.lookup)
+    parts = _parts(q)
     for name in ("scales", "minimum"):
         if name in parts:
             parts[name] = parts[name].reshape(total)
@@ -312,7 +136,7 @@ def decode(q: QuantizedArray, tiling: Tiling, *, interpret: bool = False) -> jax
         if total % n:
             mask = first + _range(n) < total
         codes = _load(codes_ref, (pl.ds(first, n), slice(None)), _column(mask))
-        hi, lo = _levels(codes, parts, levels, tiling.lookup, jnp.float32)  # [n, h]
+        hi, lo = look_up(codes, levels, jnp.float32, interpret=interpret)  # [n, h]
         scales = _load(parts["scales"], pl.ds(first, n), mask)
         if "groups" in parts:
             group = parts["groups"][first >> GROUP_BITS]  # n divides GROUP
@@ -339,6 +163,13 @@ def decode(q: QuantizedArray, tiling: Tiling, *, interpret: bool = False) -> jax
         name="decode",
     )(codes, parts)
     return values.reshape(out, inn)
+
+
+def _tile(rows: int, out: int) -> tuple[Any, jax.Array, jax.Array | None]:
+    """A program's rows of W: their slice, their numbers, and which exist, or None if all do."""
+    at = pl.ds(pl.program_id(1) * rows, rows)
+    row = pl.program_id(1) * rows + _range(rows)
+    return at, row, row < out if out % rows else None
 
 
 def _load(ref: Any, index: Any, mask: jax.Array | None = None) -> jax.Array:
@@ -370,7 +201,7 @@ def decode_folded(
       a: float32 `[r, in]`.
       minus_b: float32 `[out, r]`.
       dtype: of the result.
-      tiling: see `fold_tiling`.
+      tiling: such as `FOLD`.
       interpret: runs on any platform, slowly.
 
     Returns:
@@ -387,33 +218,24 @@ def decode_folded(
     a = jnp.pad(a, ((0, rank - a.shape[0]), (0, 0)))
     a = a.reshape(rank, inn // 2, 2).transpose(2, 1, 0)  # columns of the high nibbles, of the low
     b = jnp.pad(b, ((0, padded - out), (0, rank - b.shape[1])))
-    parts = _parts(q, tiling.lookup)
+    parts = _parts(q)
     specs = _part_specs(parts, padded)
     levels = codebook(q.kind, g)
 
     def kernel(codes_ref: Any, a_ref: Any, b_ref: Any, parts: Parts, out_ref: Any) -> None:
-        at = pl.ds(pl.program_id(1) * rows, rows)
-        row = pl.program_id(1) * rows + _range(rows)
-        mask = None if padded == out else row < out
+        at, row, mask = _tile(rows, out)
         first = pl.program_id(0) * steps
         b = b_ref[at, :]  # [rows, r]
 
-        def ahead(block: Any) -> tuple[jax.Array, Parts]:
+        def step(k: Any, _: None) -> None:
+            block = first + k
             codes = _load(codes_ref, (at, pl.ds(block * h, h)), _column(mask))
-            return codes, _raw_scales(parts, (at, block), row * count + block, mask)
-
-        def step(k: Any, loaded: Any) -> Any:
-            block, following = first + k, None
-            if loaded is None:
-                codes, raw = ahead(block)
-            else:
-                codes, raw = loaded
-                following = ahead(first + jnp.minimum(k + 1, np.int32(steps - 1)))
+            raw = _raw_scales(parts, (at, block), row * count + block, mask)
             factors = [a_ref[parity, pl.ds(block * h, h), :].T for parity in (0, 1)]
             updates = [jnp.dot(b, a, preferred_element_type=jnp.float32) for a in factors]
             # Beside an update, levels are looked up in the layout in which the tensor cores leave
             # it: what passes through shared memory then is codes, an eighth of the values' bytes.
-            values = _levels(codes, parts, levels, tiling.lookup, jnp.float32, updates)
+            values = look_up(codes, levels, jnp.float32, updates, interpret=interpret)
             scales = _scales_of(parts, raw)[:, None]
             values = [x * scales for x in values]
             if "minimum" in raw:
@@ -421,10 +243,8 @@ def decode_folded(
                 values = [jnp.maximum(x, -3e38) + minimum for x in values]
             hi, lo = ((x - update).astype(dtype) for x, update in zip(values, updates, strict=True))
             _store(out_ref, (at, pl.ds(block * g, g)), _join(hi, lo), _column(mask))
-            return following
 
-        at_start = ahead(first) if tiling.stages > 1 else None
-        lax.fori_loop(np.int32(0), np.int32(steps), step, at_start)
+        lax.fori_loop(np.int32(0), np.int32(steps), step, None)
 
     return pl.pallas_call(
         kernel,
@@ -462,14 +282,12 @@ def matmul(
     if blocks > 1:
         member = np.arange(inn // 2)[:, None] // h % blocks == np.arange(blocks)
         x = jnp.where(member[:, :, None], x[:, :, None, :], 0).reshape(2, inn // 2, columns)
-    parts = _parts(q, tiling.lookup, x.dtype)
+    parts = _parts(q)
     specs = _part_specs(parts, padded)
     levels = codebook(q.kind, g)
 
     def kernel(x_ref: Any, codes_ref: Any, parts: Parts, out_ref: Any) -> None:
-        at = pl.ds(pl.program_id(1) * rows, rows)
-        row = pl.program_id(1) * rows + _range(rows)
-        mask = None if padded == out else row < out
+        at, row, mask = _tile(rows, out)
         start = pl.program_id(0) * steps
 
         def ahead(k: Any) -> Parts:
@@ -484,7 +302,8 @@ def matmul(
             half = pl.ds((start + k) * blocks * h, blocks * h)
             codes = _load(codes_ref, (at, half), _column(mask))
             following = ahead(jnp.minimum(k + 1, np.int32(steps - 1)))
-            hi, lo = _levels(codes, parts, levels, tiling.lookup, x.dtype)  # [rows, blocks * h]
+            # [rows, blocks * h]
+            hi, lo = look_up(codes, levels, x.dtype, interpret=interpret)
             sums = jnp.dot(hi, x_ref[0, half, :], preferred_element_type=jnp.float32)
             sums += jnp.dot(lo, x_ref[1, half, :], preferred_element_type=jnp.float32)
             scales = _scales_of(parts, raw).reshape(rows, blocks, 1)
@@ -532,14 +351,12 @@ def matvec(
     padded = pl.cdiv(out, rows) * rows
     blocks, splits, steps = _divided(q, tiling)
     x = x.astype(jnp.float32).reshape(m, inn // 2, 2).transpose(0, 2, 1)
-    parts = _parts(q, tiling.lookup, short)
+    parts = _parts(q)
     specs = _part_specs(parts, padded)
     levels = codebook(q.kind, g)
 
     def kernel(x_ref: Any, codes_ref: Any, parts: Parts, out_ref: Any) -> None:
-        at = pl.ds(pl.program_id(1) * rows, rows)
-        row = pl.program_id(1) * rows + _range(rows)
-        mask = None if padded == out else row < out
+        at, row, mask = _tile(rows, out)
         start = pl.program_id(0) * steps
 
         def step(k: Any, totals: list[jax.Array]) -> list[jax.Array]:
@@ -548,9 +365,8 @@ def matvec(
             codes = _load(codes_ref, (at, half), _column(mask))
             block = row[:, None] * count + first + _range(blocks)[None, :]
             raw = _raw_scales(parts, (at, pl.ds(first, blocks)), block, _column(mask))
-            hi, lo = (
-                v.astype(jnp.float32) for v in _levels(codes, parts, levels, tiling.lookup, short)
-            )
+            found = look_up(codes, levels, short, interpret=interpret)
+            hi, lo = (v.astype(jnp.float32) for v in found)
             scales = _scales_of(parts, raw)  # [rows, blocks]
             products = [
                 hi * x_ref[i, 0, half][None] + lo * x_ref[i, 1, half][None] for i in range(m)
