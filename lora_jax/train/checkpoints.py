@@ -6,12 +6,13 @@ folder/<step>/record/   JSON: the run's identity, and what else belongs to the s
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
 import json
 import os
+import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,24 @@ class Checkpoints:
             store.close()
 
 
+def _work(tasks: queue.SimpleQueue) -> None:
+    """Does one task after the other, until there is None."""
+    while _done(tasks.get()):
+        pass
+
+
+def _done(task: tuple[Callable, tuple, queue.SimpleQueue] | None) -> bool:
+    """Does a task, of which nothing is held afterwards."""
+    if task is None:
+        return False
+    fn, arguments, outcome = task
+    try:
+        outcome.put((fn(*arguments), None))
+    except BaseException as error:  # which is the caller's to handle
+        outcome.put((None, error))
+    return True
+
+
 class Found(NamedTuple):
     """The newest checkpoint: the steps done when it was written, and its record."""
 
@@ -91,9 +110,17 @@ class Store:
     def __init__(self, folder: Path, keep: int, identity: dict[str, Any]):
         self._folder, self._identity = folder, identity
         self._errors: list[BaseException] = []
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=_work, args=(self._tasks,), name="checkpoints", daemon=True
+        )
+        self._thread.start()
         self._manager: Any = None
-        self._call(self._open, keep)
+        try:
+            self._call(self._open, keep)
+        except BaseException:
+            self._tasks.put(None)
+            raise
 
     def _open(self, keep: int) -> None:
         import orbax.checkpoint as ocp
@@ -111,7 +138,18 @@ class Store:
     def _call(self, fn: Callable, *arguments: Any) -> Any:
         """The result of a function, run by the thread after all that it has been given before."""
         with _disk_errors(self._folder):
-            return self._thread.submit(fn, *arguments).result()
+            value, error = self._submit(fn, *arguments).get()
+            if error is not None:
+                raise error
+            return value
+
+    def _submit(self, fn: Callable, *arguments: Any) -> queue.SimpleQueue:
+        """Gives the thread something to do; what comes of it, value and error, will be in here."""
+        # These queues are written in C. An executor's locks are Python's, and one of them stays
+        # locked for good if a signal handler raises right after it was taken.
+        outcome: queue.SimpleQueue = queue.SimpleQueue()
+        self._tasks.put((fn, arguments, outcome))
+        return outcome
 
     def save(self, step: int, tree: Any, record: Mapping[str, Any]) -> None:
         """Writes a checkpoint while the caller goes on; the one before it is waited for.
@@ -129,7 +167,7 @@ class Store:
         whole = as_json("record", whole)
         arrays = {name: jnp.copy(_plain(leaf)) for name, leaf in _named(tree).items()}
         self.wait()
-        self._thread.submit(self._save, step, arrays, whole)
+        self._submit(self._save, step, arrays, whole)
 
     def _save(self, step: int, arrays: dict[str, jax.Array], record: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
@@ -156,8 +194,9 @@ class Store:
 
     def close(self) -> None:
         """Completes what is being written; nothing can be saved after that."""
-        self._thread.submit(self._manager.close)
-        self._thread.shutdown()
+        self._submit(self._manager.close)
+        self._tasks.put(None)
+        self._thread.join()
 
     def find(self) -> Found | None:
         """The newest checkpoint, or None.
