@@ -35,6 +35,7 @@ from tiny_model import write_model
 
 import lora_jax as lj
 from lora_jax.cli.found import look
+from lora_jax.cli.report import Reporter
 from lora_jax.data import Chat
 from lora_jax.data.records import read_records
 from lora_jax.formats import read_model, wheels
@@ -455,7 +456,12 @@ def pipe(folder: Path) -> Any:
 
 
 case("a pipe", pipe, "is a pipe or device; write the path of a file", "SourceError")
-case("a device", lambda _: lambda: look("/dev/zero"), "/dev/zero is a pipe or device", "CliError")
+case(
+    "a device",
+    lambda _: lambda: look("/dev/zero", Reporter("quiet")),
+    "/dev/zero is a pipe or device",
+    "CliError",
+)
 
 
 def large_state(folder: Path) -> Any:

@@ -34,6 +34,7 @@ from peft_folder import FOLDER as PEFT_FOLDER
 from lora_jax import checkpoint, files
 from lora_jax.cli import found, parsing
 from lora_jax.cli.failures import CliError
+from lora_jax.cli.report import Reporter
 from lora_jax.cli.run_config import SATIRE, Config
 from lora_jax.cli.run_folder import RunFolder
 from lora_jax.data.records import read_records
@@ -416,6 +417,8 @@ OURS = {
 
 # Runs, records and what is found by looking.
 
+QUIET = Reporter("quiet")
+
 
 def read_run_config(data: bytes) -> None:
     parsing.from_file(Config, written("run/config.json", data))
@@ -455,10 +458,10 @@ def read_anything(data: bytes) -> None:
     name = NAMES[data[0] % len(NAMES)] if data else "x"
     path = written(f"any/{name}", data[1:])
     if name == "config.json":
-        described = found.look(str(path.parent))
+        described = found.look(str(path.parent), QUIET)
         (path.parent / name).unlink()
     else:
-        described = found.look(str(path))
+        described = found.look(str(path), QUIET)
         if described.kind == "gguf":
             outline.read_outline(path).words()
         if described.kind == "safetensors":
