@@ -373,3 +373,20 @@ def test_many_kinds_of_calls(tree):
     for k in (*range(70), 0, 1):
         result = adapted(tree, X, k)
     assert_near(result, WANTED + 1)
+
+
+def float32_product(x, w):
+    return 3 * (x @ w)
+
+
+def derivative_is_as_expected(x, w):
+    return x @ w - 1
+
+
+@pytest.mark.parametrize("fn", [float32_product, derivative_is_as_expected])
+def test_a_function_of_the_same_name_is_not_ours(fn):
+    """The rewrite knows two functions of the library by their names; a user may have them, too."""
+    base, x = {"w": jnp.cos(jnp.arange(32.0)).reshape(8, 4)}, jnp.ones((2, 8))
+    adapters = lj.init_adapters(jax.random.key(1), base, [lj.LoraRule("w", rank=2)])
+    adapted = lj.adapt(lambda tree, x: jax.jit(fn)(x, tree["w"]))
+    assert jnp.allclose(adapted(lj.combine(base, adapters), x), fn(x, base["w"]), atol=1e-5)

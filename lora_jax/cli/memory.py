@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -116,11 +115,6 @@ class Config:
     step: StepOptions
     device: DeviceOptions
     output: LogOptions
-
-
-def start(argv: Sequence[str]) -> Config:
-    """Everything has a default."""
-    return Config(StepOptions(), DeviceOptions(), LogOptions())
 
 
 def run(config: Config) -> int:

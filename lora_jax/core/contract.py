@@ -133,12 +133,12 @@ def _product(
     # Activations may be integers, or narrower than the weight: the product is of the wider dtype.
     dtype = jnp.promote_types(x.value.dtype, view.dtype)
     summed = [k for k in x.labels if k not in out]
-    if _factors(view, labels, summed, dtype) is None:
+    if _summed_kind(view, labels, summed) is None:
         return None
 
     def update(view: View, value: jax.Array) -> jax.Array:
         factors = _factors(view, labels, summed, dtype)
-        assert factors is not None  # that depends on shapes alone
+        assert factors is not None  # something is summed, as was seen
         first, second = factors
         dropped = Labelled(_dropout(view, value.astype(dtype)), x.labels)
         needed = {*out, *second.labels}
@@ -172,24 +172,34 @@ def _factors(
     """
     adapter, batch = view.adapter, len(view.batch_shape)
     assert adapter is not None
-    name = {canonical: labels[k] for k, canonical in enumerate(view.order)}
-    of_kind = {kind: [name[c] for c, k in enumerate(view.kinds) if k == kind] for kind in "boi1"}
+    summed_kind = _summed_kind(view, labels, summed)
+    if summed_kind is None:
+        return None
+    of_kind = _labels_by_kind(view, labels)
     batch_sizes, ones = view.batch_shape, (1,) * view.ones
     a = adapter.a.reshape(*batch_sizes, adapter.rank, *view.inner)
     b = adapter.b.reshape(*batch_sizes, *view.outer, adapter.rank, *ones)
     of_a = [*of_kind["b"], rank, *of_kind["i"]]
     of_b = [*of_kind["b"], *of_kind["o"], rank, *of_kind["1"]]
-    inner_summed = not set(summed).isdisjoint(of_kind["i"])
-    if not inner_summed and set(summed).isdisjoint(of_kind["o"]):
-        return None
     wide = jnp.promote_types(a.dtype, jnp.float32)
     scale = view.factor_scale(wide)
     a, b = Labelled(a, of_a), Labelled(b, of_b)
-    first, second = (a, b) if inner_summed else (b, a)
+    first, second = (a, b) if summed_kind == "i" else (b, a)
     scaled = second.value * scale.reshape(*batch_sizes, *(1,) * (second.value.ndim - batch))
     return Labelled(first.value.astype(dtype), first.labels), Labelled(
         scaled.astype(dtype), second.labels
     )
+
+
+def _summed_kind(view: View, labels: list[int], summed: list[int]) -> str | None:
+    """Which axes of a weight a product sums over, `i` or `o`; None where it is neither."""
+    of_kind = _labels_by_kind(view, labels)
+    return next((kind for kind in "io" if not set(summed).isdisjoint(of_kind[kind])), None)
+
+
+def _labels_by_kind(view: View, labels: list[int]) -> dict[str, list[int]]:
+    name = {canonical: labels[k] for k, canonical in enumerate(view.order)}
+    return {kind: [name[c] for c, k in enumerate(view.kinds) if k == kind] for kind in "boi1"}
 
 
 def _dropout(view: View, x: jax.Array) -> jax.Array:

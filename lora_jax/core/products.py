@@ -15,11 +15,22 @@ from jax import lax
 
 from lora_jax.core import _jaxpr
 
-FLOAT32_PRODUCT = "float32_product"  # what the jit of a function is called in a jaxpr
-DERIVATIVE_IS_AS_EXPECTED = "derivative_is_as_expected"
+# What the jits of these functions are called in a jaxpr. Nobody else's function must have the name,
+# for it would be taken for one of these.
+FLOAT32_PRODUCT = "lora_jax_core_products_float32_product"
+DERIVATIVE_IS_AS_EXPECTED = "lora_jax_core_products_derivative_is_as_expected"
 
 
-@jax.jit
+def _called(name: str, fn: Callable) -> Callable:
+    """The jit of a function, which a jaxpr shows by that name."""
+
+    def named(*args: Any) -> Any:
+        return fn(*args)
+
+    named.__name__ = name
+    return jax.jit(named)
+
+
 def float32_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """Logits: `x @ w`, summed and returned in float32, whatever the operands are.
 
@@ -35,7 +46,7 @@ def float32_product(x: jax.Array, w: jax.Array) -> jax.Array:
     Returns:
       `[..., V]` in float32, or in float64 for operands of that dtype.
     """
-    return _wide(x, w)
+    return _float32_product(x, w)
 
 
 def _wide_dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -44,6 +55,7 @@ def _wide_dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 _wide = jax.custom_jvp(_wide_dot)
+_float32_product = _called(FLOAT32_PRODUCT, _wide)
 
 
 @_wide.defjvp
@@ -70,11 +82,7 @@ def with_derivative(primal: Callable, rule: Callable) -> Callable:
     """
     fn = jax.custom_jvp(primal)
     fn.defjvp(rule, symbolic_zeros=True)
-
-    def derivative_is_as_expected(*args: Any) -> Any:
-        return fn(*args)
-
-    return jax.jit(derivative_is_as_expected)
+    return _called(DERIVATIVE_IS_AS_EXPECTED, fn)
 
 
 def primal_of(jaxpr: Any, name: str) -> Any:

@@ -274,8 +274,7 @@ def matmul(
     """
     (out, inn), g, m = q.matrix_shape, q.block_size, x.shape[0]
     h, rows, count = g // 2, tiling.rows, inn // g
-    padded = pl.cdiv(out, rows) * rows
-    blocks, splits, steps = _divided(q, tiling)
+    blocks, _, steps = _divided(q, tiling)
     width = max(pl.next_power_of_2(m), 16 // blocks)  # rows of x, padded
     columns = width * blocks
     x = jnp.pad(x, ((0, width - m), (0, 0))).reshape(width, inn // 2, 2).transpose(2, 1, 0)
@@ -283,7 +282,6 @@ def matmul(
         member = np.arange(inn // 2)[:, None] // h % blocks == np.arange(blocks)
         x = jnp.where(member[:, :, None], x[:, :, None, :], 0).reshape(2, inn // 2, columns)
     parts = _parts(q)
-    specs = _part_specs(parts, padded)
     levels = codebook(q.kind, g)
 
     def kernel(x_ref: Any, codes_ref: Any, parts: Parts, out_ref: Any) -> None:
@@ -320,17 +318,8 @@ def matmul(
         y = total.T.astype(out_ref.dtype)
         _store(out_ref, (pl.program_id(0), slice(None), at), y, out_mask)
 
-    y = pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((splits, m, out), dtype if splits == 1 else jnp.float32),
-        grid=(splits, padded // rows),
-        in_specs=[_whole(x), _whole(q.codes, padded), specs],
-        out_specs=pl.BlockSpec((splits, width, padded), lambda *_: (0, 0, 0)),
-        compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=interpret,
-        name="matmul",
-    )(x, q.codes, parts)
-    return y[0] if splits == 1 else y.sum(0).astype(dtype)
+    shape = (width, m, dtype)
+    return _launched(kernel, x, q, parts, shape, tiling, interpret=interpret, name="matmul")
 
 
 def matvec(
@@ -348,11 +337,9 @@ def matvec(
     """
     (out, inn), g, (m, _), short = q.matrix_shape, q.block_size, x.shape, x.dtype
     h, rows, count = g // 2, tiling.rows, inn // g
-    padded = pl.cdiv(out, rows) * rows
-    blocks, splits, steps = _divided(q, tiling)
+    blocks, _, steps = _divided(q, tiling)
     x = x.astype(jnp.float32).reshape(m, inn // 2, 2).transpose(0, 2, 1)
     parts = _parts(q)
-    specs = _part_specs(parts, padded)
     levels = codebook(q.kind, g)
 
     def kernel(x_ref: Any, codes_ref: Any, parts: Parts, out_ref: Any) -> None:
@@ -384,15 +371,37 @@ def matvec(
                 mask,
             )
 
+    shape = (m, m, dtype)
+    return _launched(kernel, x, q, parts, shape, tiling, interpret=interpret, name="matvec")
+
+
+def _launched(
+    kernel: Any,
+    x: jax.Array,
+    q: QuantizedArray,
+    parts: Parts,
+    of_y: tuple[int, int, Any],
+    tiling: Tiling,
+    *,
+    interpret: bool,
+    name: str,
+) -> jax.Array:
+    """A product `[m, out]` by a kernel of which several programs may share a row of W.
+
+    `of_y` has the rows that a program stores, m of them not masked, and the dtype. What programs
+    that share a row have each is summed in float32.
+    """
+    (out, _), rows, (width, m, dtype) = q.matrix_shape, tiling.rows, of_y
+    padded, splits = pl.cdiv(out, rows) * rows, _divided(q, tiling)[1]
     y = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((splits, m, out), dtype if splits == 1 else jnp.float32),
         grid=(splits, padded // rows),
-        in_specs=[_whole(x), _whole(q.codes, padded), specs],
-        out_specs=pl.BlockSpec((splits, m, padded), lambda *_: (0, 0, 0)),
+        in_specs=[_whole(x), _whole(q.codes, padded), _part_specs(parts, padded)],
+        out_specs=pl.BlockSpec((splits, width, padded), lambda *_: (0, 0, 0)),
         compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpret,
-        name="matvec",
+        name=name,
     )(x, q.codes, parts)
     return y[0] if splits == 1 else y.sum(0).astype(dtype)
 
