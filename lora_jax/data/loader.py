@@ -69,7 +69,7 @@ def training_batches(
 
 def _owned(batch: Batch) -> Batch:
     """A batch in memory of its own, which a worker's is not: that is gone when the worker is."""
-    return Batch(*(np.array(array) for array in batch))
+    return Batch(*(None if array is None else np.array(array) for array in batch))
 
 
 def _settle_flags() -> None:
