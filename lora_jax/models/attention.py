@@ -157,7 +157,9 @@ class Attention(nn.Module):
             )
             k = jax.lax.dynamic_index_in_dim(cache.k, layer, keepdims=False).astype(c.dtype)
             v = jax.lax.dynamic_index_in_dim(cache.v, layer, keepdims=False).astype(c.dtype)
-        y = saved(_attend(c, q, k, v, context.mask), "attended")  # [B, T, N, H]
+        y = _attend(c, q, k, v, context.mask)  # [B, T, N, H]
+        if c.attention != "cudnn":  # of which policies save all results; a scan would stack two
+            y = saved(y, "attended")
         y = y.reshape(*y.shape[:-2], c.num_heads * c.head_dim)
         return Carry(dense(c, c.dim, "o_proj")(y), cache)
 
