@@ -22,7 +22,7 @@ from lora_jax.core.tree import (
     split,
 )
 from lora_jax.optim import adapter_mask, freeze_base, lora_plus
-from lora_jax.sharding import shard, shardings
+from lora_jax.sharding import offload, shard, shardings
 
 __version__ = "0.1.0"
 
@@ -43,6 +43,7 @@ __all__ = [
     "load_adapters",
     "lora_plus",
     "merge",
+    "offload",
     "quantize",
     "quantize_array",
     "save_adapters",

@@ -9,6 +9,9 @@ Some mesh axes divide the batch as well as the weights ("data", "fsdp"). A quant
 sharded over those is gathered when it is used, and so while it is still four bits a value; left to
 itself the compiler gathers decoded weights, or activations. Adapters are some tenths of a percent
 of the model and used by every device, hence replicated over those axes.
+
+What a device has no room for may wait in its host's memory (core/placement.py); where it lies on a
+mesh is another matter and stays as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.core.leaves import AdaptedArray, Adapter, QuantizedArray, is_array
+from lora_jax.core.placement import Stack, in_host_memory
 from lora_jax.core.rules import first_matches
 from lora_jax.core.tree import map_leaves, named_leaves
 
@@ -91,6 +95,71 @@ def shard(tree: Any, mesh: Mesh, rules: Rules, *, gather: Sequence[str] = ("data
         return dataclasses.replace(leaf, sharding_at_use=sharding)
 
     return map_leaves(one, tree)
+
+
+def offload(base: Any, pattern: str | Sequence[str], *, keep: int = 0) -> Any:
+    """The base with the leaves that match in the host's pinned memory.
+
+    `adapt` copies such a weight to the device where it uses it, and again in the backward pass, so
+    that the device never holds more of them than are in use. With scanned layers that is one layer;
+    layers that are rematerialized keep no copy. Dense leaves that are not adapted come to the
+    device when the function begins.
+
+    Args:
+      base: the frozen tree, also an abstract one.
+      pattern: regular expression searched in each leaf's path (or several of them).
+      keep: how many of a stack's first layers stay on the device, of the 4-bit leaves that match.
+
+    Returns:
+      The tree, with the sharding of every array as it was but for its memory.
+
+    Raises:
+      ValueError: if a pattern matches nothing, `keep` is asked of a leaf that is no stack in 4
+        bits, or the device knows no pinned host memory.
+      MemoryError: if the host, or what JAX may take of it, has too little.
+
+    Example:
+      >>> base = lj.offload(base, "layers/.*kernel", keep=20)
+    """
+    if keep < 0:
+        raise ValueError(f"keep is {keep}, expected a number of layers")
+    leaves = dict(named_leaves(base))
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    chosen = first_matches(patterns, [path for path, x in leaves.items() if _is_placed(x)])
+    for path in chosen if keep else ():
+        leaf = leaves[path]
+        if not isinstance(leaf, QuantizedArray) or not leaf.batch_shape:
+            raise ValueError(
+                f"keep={keep} asks for a part of {path}, {leaf.dtype} {tuple(leaf.shape)}; only of "
+                "a stack in 4 bits the first layers can stay: write a pattern of such, or keep=0"
+            )
+
+    def one(path: str, leaf: Any) -> Any:
+        if path not in chosen:
+            return leaf
+        return jax.tree.map(lambda x: _split_between_memories(path, x, keep), leaf)
+
+    return map_leaves(one, base)
+
+
+def _is_placed(leaf: Any) -> bool:
+    return is_array(leaf) or isinstance(leaf, QuantizedArray)
+
+
+def _split_between_memories(path: str, x: Any, keep: int) -> Any:
+    """The first `keep` along the leading axis on the device, the others on the host."""
+    if not keep:
+        return in_host_memory(path, x)
+    if keep >= x.shape[0]:
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        head, tail = (
+            jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype, sharding=x.sharding)
+            for n in (keep, x.shape[0] - keep)
+        )
+    else:
+        head, tail = x[:keep], x[keep:]
+    return Stack((head, in_host_memory(path, tail)))
 
 
 def _without(entry: Any, names: Sequence[str]) -> Any:

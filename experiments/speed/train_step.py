@@ -78,6 +78,21 @@ def make_step(
     return jax.jit(step, donate_argnums=(0, 1))
 
 
+def place(args: argparse.Namespace) -> Any:
+    """What puts the layers after the first `--keep` in host memory."""
+    if args.keep is None:
+        return None
+    if args.scan:
+        return functools.partial(lj.offload, pattern=KERNELS, keep=args.keep)
+
+    def offload(base: Any) -> Any:
+        layers = [name for name in base if re.fullmatch(r"layers_\d+", name)]
+        waiting = [f"^layers_{k}/.*_proj/kernel" for k in range(args.keep, len(layers))]
+        return lj.offload(base, waiting)
+
+    return offload
+
+
 def product_flops(config: DecoderConfig, tokens: int) -> int:
     """Operations of the products of a step that repeats none: base twice, head twice."""
     shapes = jax.eval_shape(lambda key: random_base(key, config, None), jax.random.key(0))
@@ -142,7 +157,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         param_dtype=jnp.bfloat16,
     )
     key, model, tx = jax.random.key(0), Decoder(config), optax.adamw(1e-4)
-    base = random_base(key, config, None if args.kind == "none" else args.kind)
+    base = random_base(key, config, None if args.kind == "none" else args.kind, place=place(args))
     layout = "b i o" if args.scan else "i o"
     rules = [lj.LoraRule(KERNELS, rank=args.rank, alpha=2 * args.rank, layout=layout)]
     adapters = lj.init_adapters(key, base, rules)
@@ -164,7 +179,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             *state, loss = step(*state, base, tokens)
         losses.append(float(jax.block_until_ready(loss)))
 
-    run(3)
+    for _ in range(3):
+        run(1)
     seconds = []
     for _ in range(args.steps):
         start = time.perf_counter()
@@ -187,7 +203,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "compile_seconds": compile_seconds,
         "gemm_ceiling_tflops": ceiling / 1e12,
         "utilization": product_flops(config, count) / median / ceiling,
-        "losses": losses[:1] + losses[-1:],
+        "losses": losses,
         "seconds": seconds,
     }
     if args.profile:
@@ -208,6 +224,7 @@ def main() -> None:
     parser.add_argument("--kind", default="nf4", help="of the base; none for bfloat16")
     parser.add_argument("--remat", default="products", help="policy, or none")
     parser.add_argument("--scan", action="store_true", help="layers scanned, not unrolled")
+    parser.add_argument("--keep", type=int, help="layers on the device; the rest on the host")
     parser.add_argument("--fold", default="auto", choices=FOLD)
     parser.add_argument("--path", default="auto", help="of lj.kernels: auto, xla or pallas")
     parser.add_argument("--chunk", type=int, default=2048, help="positions of logits; 0 for all")
@@ -219,6 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     with kernels.use(args.path):
         result = measure(args)
+    losses = result["losses"]
     print(
         f"{result['device']}, JAX {result['jax']}: {args.shape} ({result['layers']} layers) "
         f"{args.batch}x{args.length}, {args.kind}, remat {args.remat}, "
@@ -228,7 +246,7 @@ def main() -> None:
         f"{result['temporary_gib']:.2f}), compiled in {result['trace_and_lower_seconds']:.0f} + "
         f"{result['compile_seconds']:.0f} s\n"
         f"  products alone: {result['gemm_ceiling_tflops']:.0f} TFLOP/s; used by the step's own: "
-        f"{result['utilization']:.1%}; loss {result['losses'][0]:.4f} -> {result['losses'][1]:.4f}",
+        f"{result['utilization']:.1%}; loss {losses[0]:.4f} -> {losses[-1]:.4f}",
         flush=True,
     )
     for name, milliseconds, calls in result.get("kernels", ()):

@@ -20,6 +20,7 @@ import jax
 
 from lora_jax.core import _jaxpr
 from lora_jax.core.leaves import AdaptedArray, QuantizedArray, is_array, is_concrete
+from lora_jax.core.placement import on_device
 from lora_jax.core.rewrite import Report, Rewrite
 from lora_jax.core.rules import path_string
 from lora_jax.core.view import View
@@ -115,7 +116,8 @@ class _Arguments:
             if isinstance(leaf, AdaptedArray) and leaf.is_replaced:
                 leaf = leaf.adapter.astype(leaf.dtype)
             if _is_lazy(leaf) or is_array(leaf):
-                dynamic.append(leaf)
+                # Lazy weights are copied where they are used; the function knows of no others.
+                dynamic.append(leaf if _is_lazy(leaf) else on_device(leaf))
                 paths.append(_argument_path(path))
                 trained.append(is_trained)
                 static.append(_DYNAMIC)

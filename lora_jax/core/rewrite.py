@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core import _jaxpr, contract, products
+from lora_jax.core import _jaxpr, contract, placement, products
 from lora_jax.core.view import View
 
 
@@ -89,6 +90,7 @@ class Rewrite:
             return _jaxpr.bind(equation, values)
         if name in _CONTROL_FLOW:
             return self.control_flow(equation, values, compiled)
+        values = placement.joined(values)
         if name in _LAZY and (result := _LAZY[name](equation.params, *values)) is not None:
             return list(result) if isinstance(result, list) else [result]
         if name in _PRODUCTS and (result := _PRODUCTS[name](equation.params, *values)) is not None:
@@ -333,6 +335,8 @@ def _scan(rewrite: Rewrite, equation: Any, *values: Any) -> list:
     for k, x in enumerate(xs):
         if isinstance(x, View):
             scanned = x.batch_axis(0) is not None
+            if x.order[0] != 0:
+                x = placement.joined(x)
             xs[k] = x.batch_first(0) if scanned else rewrite.made_dense(x, "scan")
     # A slice that the body hands back unchanged is the whole operand again (NNX does so).
     inputs = jaxpr.invars[n_consts + n_carry :]
@@ -351,12 +355,23 @@ def _scan(rewrite: Rewrite, equation: Any, *values: Any) -> list:
         ys = [x for k, x in enumerate(outputs[n_carry:]) if k not in returned]
         return carry, [rewrite.made_dense(x, "scan") for x in ys]
 
-    options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    moved, ys = lax.scan(body, moving, xs, **options)
-    remaining = iter(ys)
+    # Of a stack in parts one is run through after the other.
+    bounds = [0, *sorted(placement.bounds(xs)), params["length"]]
+    ranges = list(itertools.pairwise(bounds))
+    options = {name: params[name] for name in ("reverse", "unroll")}
+    stacks = []
+    for start, stop in reversed(ranges) if params["reverse"] else ranges:
+        part = placement.cut(xs, start, stop) if len(ranges) > 1 else xs
+        moving, ys = lax.scan(body, moving, part, length=stop - start, **options)
+        stacks.append(ys)
+    if params["reverse"]:
+        stacks.reverse()
+    remaining = iter(
+        jax.tree.map(lambda *ys: jnp.concatenate(ys), *stacks) if len(stacks) > 1 else ys
+    )
     n_ys = len(jaxpr.outvars) - n_carry
     ys = [xs[returned[k]] if k in returned else next(remaining) for k in range(n_ys)]
-    return [*_with_fixed(moved, fixed), *ys]
+    return [*_with_fixed(moving, fixed), *ys]
 
 
 def _fixed_carry(body: Any, n_consts: int, carry: list) -> dict[int, View]:

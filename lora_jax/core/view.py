@@ -24,6 +24,7 @@ from lora_jax.core.leaves import (
     parameter_axes,
     split_axes,
 )
+from lora_jax.core.placement import on_device
 from lora_jax.kernels import as_parameter, decode_folded, decode_parameter
 
 
@@ -129,7 +130,7 @@ class View:
     def dense_base(self) -> jax.Array:
         """The base's values as the function sees them, without the update."""
         quantized = isinstance(self.base, QuantizedArray)
-        return self._seen(decode_parameter(self.base) if quantized else self.base)
+        return self._seen(decode_parameter(self.base) if quantized else on_device(self.base))
 
     def dense(self) -> jax.Array:
         """The whole weight made dense, update included; rounded once."""
@@ -144,7 +145,7 @@ class View:
         update = jnp.matmul(adapter.b.astype(wide), adapter.a.astype(wide)) * scale[..., None, None]
         axis_sizes = tuple(base.shape[len(self.batch_shape) :])
         update = from_matrix(update, self.layout, axis_sizes)
-        return self._seen((base.astype(wide) + update).astype(base.dtype))
+        return self._seen((on_device(base).astype(wide) + update).astype(base.dtype))
 
     def _seen(self, base: jax.Array) -> jax.Array:
         """The parameter's values in the axes and the dtype that the function sees."""
@@ -202,6 +203,8 @@ class View:
     def batch_first(self, axis: int) -> View:
         """The same view over a leaf whose first batch axis is the view's axis `axis`."""
         old = self.order[axis]
+        if old == 0:
+            return self
         moved = self.on_batch(lambda x: jnp.moveaxis(x, old, 0))
         order = tuple(0 if k == old else k + 1 if k < old else k for k in self.order)
         return dataclasses.replace(moved, order=order)

@@ -34,6 +34,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 
 from lora_jax.core.leaves import QuantizedArray
+from lora_jax.core.placement import on_device
 from lora_jax.kernels import xla
 
 PATHS = ("auto", "xla", "pallas")
@@ -65,7 +66,7 @@ def decode(q: QuantizedArray) -> jax.Array:
 
     Both paths give the same bits.
     """
-    return _DECODE(q)
+    return _DECODE(on_device(q))
 
 
 @jax.jit
@@ -96,7 +97,7 @@ def decode_folded(
     """
     # Where the update is zero, +0 is subtracted, which leaves even the sign of a zero as it is.
     minus_b = jnp.asarray(-scale, jnp.float32)[..., None, None] * b.astype(jnp.float32)
-    return _FOLD(q, a.astype(jnp.float32), minus_b, dtype=np.dtype(dtype or q.dtype))
+    return _FOLD(on_device(q), a.astype(jnp.float32), minus_b, dtype=np.dtype(dtype or q.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -117,7 +118,9 @@ def matmul(x: jax.Array, q: QuantizedArray, dtype: Any = None) -> jax.Array:
     batch, common = q.batch_shape, jnp.promote_types(x.dtype, q.dtype)
     rows = x.shape[len(batch) : -1]
     y = _MATMUL(
-        x.astype(common).reshape(*batch, -1, x.shape[-1]), q, dtype=np.dtype(dtype or common)
+        x.astype(common).reshape(*batch, -1, x.shape[-1]),
+        on_device(q),
+        dtype=np.dtype(dtype or common),
     )
     return y.reshape(*batch, *rows, y.shape[-1])
 

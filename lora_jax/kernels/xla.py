@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.core.codebooks import codebook, scale_codebook
 from lora_jax.core.leaves import QuantizedArray, from_matrix
+from lora_jax.core.placement import on_device
 
 GROUP = 256  # blocks that share one float32 when scales are double-quantized
 
@@ -82,6 +83,7 @@ def decode_rows(q: QuantizedArray, rows: jax.Array) -> jax.Array:
     Returns:
       `[n..., in]` in the weight's dtype.
     """
+    q = on_device(q)
     if q.is_flat:
         return jnp.take(decode(q), rows, axis=0, mode="clip")
     codes = jnp.take(q.codes, rows, axis=0, mode="clip")

@@ -39,6 +39,7 @@ class Layer(nn.Module):
     def __call__(self, carry: Carry, step: Step, context: Context) -> tuple[Carry, None]:
         """One step of the scan over layers: the carry, and no output of its own."""
         c, (x, cache) = self.config, carry
+        x = saved(x, "input")
         if step.kind is not None:
             context = jax.tree.map(
                 lambda of_all: jax.lax.dynamic_index_in_dim(of_all, step.kind, keepdims=False),

@@ -5,6 +5,7 @@ passes (norms, rotations, the gated unit) are always repeated: they cost less th
 what they wrote. For a token and a layer of Llama 3 8B in bfloat16:
 
     policy       saved beside the layer's input                        KiB    products repeated
+    "host"       the input alone, in pinned host memory                 0    all but down_proj
     "layer"      nothing                                                 8    all but down_proj
     "stream"     the residual stream between attention and MLP         16    the same but for o_proj
     "attention"  queries, keys, values, and what attention made of them  36    gate_proj, up_proj
@@ -25,6 +26,7 @@ _STREAM = ("stream",)
 _ATTENTION = ("queries", "keys", "values", "attended", "heads")
 _PRODUCTS = ("gate", "up", "routed", "update")
 NAMED: dict[str, tuple[str, ...]] = {
+    "host": (),
     "layer": (),
     "stream": _STREAM,
     "attention": (*_STREAM, *_ATTENTION),
@@ -51,6 +53,13 @@ def policy(name: str) -> Callable[..., Any]:
     """The policy of this name, as `jax.checkpoint` takes it."""
     if name not in NAMED:
         return getattr(jax.checkpoint_policies, name)
+    if name == "host":
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     names = NAMED[name]
     by_name = jax.checkpoint_policies.save_only_these_names(*names)
 
