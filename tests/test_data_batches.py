@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from lora_jax.data import Batch, evaluation_batches, training_batches
 from lora_jax.data.batches import PackedBatches
 from lora_jax.data.encoding import make_encoded
+from lora_jax.data.loader import _owned
 
 
 def make_sequences(sizes, seed=0):
@@ -35,6 +36,10 @@ SEQUENCES = make_sequences(np.random.default_rng(1).integers(2, 12, 50))
 def unpacked(batch):
     """The segments of a batch by row and id, as tokens and weights, with all else checked."""
     found = []
+    if batch.positions is None:  # each row is one segment, which the checks below hold it to
+        counted = np.arange(batch.tokens.shape[1], dtype=np.int32)
+        assert batch.segment_ids.max() == 1
+        batch = batch._replace(positions=np.where(batch.segment_ids, counted, 0))
     assert {array.shape for array in batch} == {batch.tokens.shape}
     assert [array.dtype for array in batch] == [np.int32, np.float32, np.int32, np.int32]
     for tokens, weights, positions, ids in zip(*batch, strict=True):
@@ -69,6 +74,7 @@ def test_evaluation_has_each_sequence_once_and_in_order(sizes, rows, pack):
     if not pack:
         assert len(batches) == -(-len(sizes) // rows)
         assert max(batch.segment_ids.max() for batch in batches) == 1
+    assert {batch.positions is None for batch in batches} == {not pack}
 
 
 @settings(deadline=None)
@@ -212,6 +218,13 @@ def test_workers_change_nothing(tmp_path):
         [sys.executable, "-W", "error", script], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "equal\n", "")
+
+
+def test_what_a_worker_hands_over_without_positions():
+    [batch] = evaluation_batches(SEQUENCES[:2], rows=2, length=16, pack=False)
+    owned = _owned(batch)
+    assert owned.positions is None
+    np.testing.assert_array_equal(owned.tokens, batch.tokens)
 
 
 def test_short_sequences_fill_their_rows():

@@ -14,6 +14,7 @@ import jax
 import tyro
 
 from lora_jax import data
+from lora_jax.cli.attention import with_attention
 from lora_jax.cli.failures import CliError, sentences, writing
 from lora_jax.cli.generate import SamplingOptions
 from lora_jax.cli.options import DataOptions, LogOptions, ModelOptions, at_least
@@ -104,7 +105,10 @@ def run(config: Config) -> int:
     task, split = load_records(config, model)
     reporter.say(f"{options.split}  {split.encoded}")
     rows, length, pack = options.evaluation_rows, config.data.length, config.data.pack
-    scorer = make_scorer(model, task, split, rows=rows, length=length, pack=pack)
+    scored = model
+    if not isinstance(task, data.Classification):  # whose labels are read behind a cache
+        scored = with_attention(model, config.model, config.data, reporter)
+    scorer = make_scorer(scored, task, split, rows=rows, length=length, pack=pack)
     with reporter.progress("evaluating", scorer.rounds()) as rounds:
         metrics = scorer(adapters, rounds.advance).metrics
     result = {

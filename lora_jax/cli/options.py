@@ -69,6 +69,9 @@ class ModelOptions:
     q4_1 are a GGUF file's own 4 bits, which stay as they are."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations; bfloat16 is mixed precision: adapters, optimizer and losses stay float32."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """How attention is computed in training, and where text is scored. cudnn is the fused kernel of
+    NVIDIA GPUs, which needs --dtype bfloat16 and --no-pack; auto takes it where it can."""
     remat: Literal[
         "none",
         "auto",

@@ -49,6 +49,10 @@ class Model(NamedTuple):
     checkpoint: Checkpoint
     hub_name: str
 
+    def running(self, **options: Any) -> Model:
+        """The same model run in another way, by the options of its config."""
+        return self._replace(decoder=Decoder(dataclasses.replace(self.decoder.config, **options)))
+
     @property
     def tokenizer(self) -> Any:
         """Text to token ids and back."""

@@ -143,5 +143,6 @@ def make_scorer(
 ) -> Scorer:
     """The scorer of a task."""
     if isinstance(task, data.Classification):
-        return LabelScorer(model, task, split, rows)
+        # Labels are read behind a prompt in the cache, whose masks the fused kernel is not for.
+        return LabelScorer(model.running(attention="xla"), task, split, rows)
     return TokenScorer(model, split, rows, length, pack)

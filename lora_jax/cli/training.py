@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from lora_jax import data, memory, train
+from lora_jax.cli.attention import with_attention
 from lora_jax.cli.failures import CliError, Stop, sentences, stoppable
 from lora_jax.cli.parsing import to_json
 from lora_jax.cli.problem import KERNELS, Model, Split, load_data, load_model, rules_for
@@ -22,12 +23,11 @@ from lora_jax.cli.run_folder import RunFolder
 from lora_jax.cli.scoring import LabelScorer, Scorer, Scores, make_scorer
 from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import init_adapters
-from lora_jax.models.decoder import Decoder
 
 # Options that say where things are, or how they are computed or kept, and not what is learned.
 UNIDENTIFYING = (
     *("model", "data", "validation_data", "test_data", "test", "test_examples", "compare"),
-    *("evaluation_rows", "save_every", "keep"),
+    *("attention", "evaluation_rows", "save_every", "keep"),
 )
 
 
@@ -74,6 +74,7 @@ class Problem:
                 reporter.say(f"{name:<10}  {split.encoded}.")
                 reporter.event("data", split=name, **split.numbers())
         reporter.plan(model.base, adapters)
+        model = with_attention(model, config.model, config.data, reporter)
         if config.model.remat == "auto":
             model = _with_policy_that_fits(model, config, reporter)
 
@@ -135,7 +136,7 @@ def _with_policy_that_fits(model: Model, config: Config, reporter: Reporter) -> 
         policy = memory.auto_remat(setup)
     reporter.say(f"--remat auto is {policy} here.")
     reporter.event("remat", policy=policy)
-    return model._replace(decoder=Decoder(dataclasses.replace(shape, remat=policy)))
+    return model.running(remat=policy)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,9 @@ so several share a row, and none sees another:
     positions    0 1 2 3 4 0 1 2 0 1 2 3 4 0 0
     segment_ids  1 1 1 1 1 2 2 2 3 3 3 3 3 0 0
 
+Not packed, each row begins with its one sequence, and all that a token must not see comes after it.
+Such a batch has no positions: a causal mask is enough, which attention kernels know by themselves.
+
 Shapes: B rows, T tokens of a row; S sequences, N tokens of all of them.
 """
 
@@ -34,13 +37,14 @@ class Batch(NamedTuple):
       tokens: int32 [B, T]; 0 where there is padding.
       weights: float32 [B, T], of predicting each token from those before it in its segment; 0 for
         a segment's first token and for padding.
-      positions: int32 [B, T], counted from 0 in each segment.
+      positions: int32 [B, T], counted from 0 in each segment; None if every row is one segment,
+        with its padding behind it.
       segment_ids: int32 [B, T], 1, 2, ... in each row; 0 is padding.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
-    positions: np.ndarray
+    positions: np.ndarray | None
     segment_ids: np.ndarray
 
 
@@ -199,7 +203,7 @@ class PackedBatches:
         return Batch(
             laid_out(self._sequences.tokens[source], np.int32),
             laid_out(self._sequences.weights[source], np.float32),
-            laid_out(position, np.int32),
+            laid_out(position, np.int32) if self._pack else None,
             laid_out(np.repeat(np.arange(len(row)) - first + 1, sizes), np.int32),
         )
 

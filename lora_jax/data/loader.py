@@ -69,7 +69,8 @@ def training_batches(
 
 def _owned(batch: Batch) -> Batch:
     """A batch in memory of its own, which a worker's is not: that is gone when the worker is."""
-    return Batch(*(np.array(array) for array in batch))
+    arrays = {name: x for name, x in batch._asdict().items() if x is not None}
+    return batch._replace(**{name: np.array(x) for name, x in arrays.items()})
 
 
 def _settle_flags() -> None:

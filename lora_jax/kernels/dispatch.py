@@ -305,8 +305,11 @@ def _on_one_device(ctx: Any) -> bool:
 
 def _has_kernels() -> bool:
     """Whether the kernels compile here: JAX can lower them, and all its GPUs can run them."""
-    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
-        return False
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None and sees_ampere()
+
+
+def sees_ampere() -> bool:
+    """Whether this process sees NVIDIA GPUs, all of compute capability 8.0 (Ampere) or above."""
     try:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:

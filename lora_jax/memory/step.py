@@ -113,10 +113,7 @@ def saved_bytes(setup: Setup) -> int:
     if setup.remat != "layer":
         saved += d  # between attention and MLP
     if setup.remat in ("attention", "products"):
-        # What attention made is saved by its name, and as the kernel's own result: the same array,
-        # which a scan stacks twice.
-        attended = 2 * q if setup.scan and setup.attention == "cudnn" else q
-        saved += q + 2 * k + attended + statistics + heads
+        saved += 2 * q + 2 * k + statistics + heads  # what goes into attention, what comes out
     if setup.remat == "products":
         saved += 2 * f + routed * d + 2 * d * shape.post_norms
     return saved
@@ -164,10 +161,8 @@ def _recomputed(setup: Setup, widths: _Widths) -> int:
         None: 3 * d if setup.scan else 0,
     }[setup.remat]
     if setup.scan and setup.remat in ("attention", "products", None):
-        # A kernel cannot read out of a stack what was saved for it, either: that is copied, and
-        # what was stacked twice, twice.
+        # A kernel cannot read out of a stack what was saved for it, either: that is copied.
         again += attention
-        again += q if setup.attention == "cudnn" and setup.remat is not None else 0
     return again
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from lora_jax.kernels.dispatch import sees_ampere
 from lora_jax.models.config import AttentionKind, DecoderConfig
 from lora_jax.models.parts import RMSNorm, capped, dense
 from lora_jax.models.remat import saved
@@ -157,9 +158,34 @@ class Attention(nn.Module):
             )
             k = jax.lax.dynamic_index_in_dim(cache.k, layer, keepdims=False).astype(c.dtype)
             v = jax.lax.dynamic_index_in_dim(cache.v, layer, keepdims=False).astype(c.dtype)
-        y = saved(_attend(c, q, k, v, context.mask), "attended")  # [B, T, N, H]
+        y = _attend(c, q, k, v, context.mask)  # [B, T, N, H]
+        if c.attention != "cudnn":  # of which policies save all results; a scan would stack two
+            y = saved(y, "attended")
         y = y.reshape(*y.shape[:-2], c.num_heads * c.head_dim)
         return Carry(dense(c, c.dim, "o_proj")(y), cache)
+
+
+def fused_obstacles(config: DecoderConfig, length: int) -> list[str]:
+    """What keeps cuDNN's kernel from reading rows that hold one sequence each.
+
+    Args:
+      config: Of the decoder, whatever attention it names.
+      length: T.
+
+    Returns:
+      Each obstacle as a sentence without its full stop; none if the kernel can be used.
+    """
+    dtype, window = jnp.dtype(config.dtype), config.window
+    found = {
+        "there is no NVIDIA GPU of compute capability 8.0 or above": not sees_ampere(),
+        f"activations are {dtype.name}": dtype.itemsize != 2,
+        f"heads are {config.head_dim} wide": config.head_dim > 128 or config.head_dim % 8 != 0,
+        "products of queries and keys are capped": config.attention_cap is not None,
+        f"some layers see {window} tokens": window is not None and window < length,
+        # JAX refuses these in training, where it takes the absence of a bias for one.
+        f"rows are of {length} tokens, an odd number": length % 2 != 0,
+    }
+    return [sentence for sentence, holds in found.items() if holds]
 
 
 def _attend(

@@ -92,7 +92,8 @@ class DecoderConfig:
         layer) or L separate ones.
       remat: None to save what autodiff asks for, or one of `models.remat.POLICIES`.
       attention: Implementation in `jax.nn.dot_product_attention`: "xla", or "cudnn" for the fused
-        kernel of NVIDIA GPUs in half precision, which knows no `attention_cap`.
+        kernel of NVIDIA GPUs in half precision, which knows no `attention_cap` and is at its best
+        where no positions or segment ids are given, so that the mask is the causal one.
       dtype: Of activations. Norm statistics, attention weights and logits are always float32.
       param_dtype: Of parameters at initialization.
     """

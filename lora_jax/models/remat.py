@@ -39,7 +39,8 @@ POLICIES = (
     "dots_saveable",
     "dots_with_no_batch_dims_saveable",
 )
-# The fused attention of NVIDIA GPUs also returns the statistics that its backward pass needs.
+# The fused attention of NVIDIA GPUs also returns the statistics that its backward pass needs, so
+# that its results are saved by the primitive, and none of them by a name.
 _FUSED_ATTENTION = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from lora_jax.core.adapt import adapt
 from lora_jax.core.tree import combine
 from lora_jax.train.cross_entropy import token_losses
-from lora_jax.train.loss import shifted
+from lora_jax.train.loss import decoder_inputs, shifted
 
 if TYPE_CHECKING:
     from lora_jax.data import Batch
@@ -104,7 +104,7 @@ def _token_scores(
 
     def forward(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         run: Any = functools.partial(model.apply, {"params": params})
-        hidden = run(batch.tokens, batch.positions, batch.segment_ids, method="hidden")
+        hidden = run(*decoder_inputs(batch), method="hidden")
         unembed = functools.partial(run, method="unembed")
         return token_losses(hidden, *shifted(batch), unembed, chunk=CHUNK)
 

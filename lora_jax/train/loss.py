@@ -58,11 +58,7 @@ def next_token_loss(
         embeddings = None
         if perturb is not None and key is not None:
             embeddings = perturb(key, run(batch.tokens, method="embeddings"), batch)
-        hidden = run(
-            *(batch.tokens, batch.positions, batch.segment_ids),
-            embeddings=embeddings,
-            method="hidden",
-        )
+        hidden = run(*decoder_inputs(batch), embeddings=embeddings, method="hidden")
         targets, weights = shifted(batch)
         choices = None if among is None else jnp.asarray(among, targets.dtype)
         if choices is not None:
@@ -87,6 +83,16 @@ def next_token_loss(
         return loss / total, {"weight": weight, "accuracy": correct / total, "tokens": tokens}
 
     return loss_fn
+
+
+def decoder_inputs(batch: Batch) -> tuple[Any, ...]:
+    """What the decoder is told of a batch: no segments where a causal mask hides all that it must.
+
+    Padding behind a sequence then sees that sequence, which makes no difference to any loss.
+    """
+    if batch.positions is None:
+        return (batch.tokens,)
+    return batch.tokens, batch.positions, batch.segment_ids
 
 
 def shifted(batch: Batch) -> tuple[jax.Array, jax.Array]:
