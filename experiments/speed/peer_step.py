@@ -47,6 +47,14 @@ WARM_UP = 3  # steps
 AT_ONCE = 3  # steps that are timed together, as in train_step.py
 
 
+def require(device: str) -> None:
+    """Says that there is no GPU before a library says it in its own words."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU")
+
+
 def quantized(layer: Any) -> Any:
     """A layer whose linear layers are bitsandbytes' own, in NF4 with double quantization."""
     import bitsandbytes as bnb
@@ -79,8 +87,7 @@ def peft_model(fields: dict[str, Any], args: argparse.Namespace) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("torch sees no GPU")
+    require(args.device)
     config = LlamaConfig(**fields, attn_implementation="sdpa", use_cache=False)
     layers, config.num_hidden_layers = config.num_hidden_layers, 0
     torch.set_default_dtype(torch.bfloat16)
@@ -108,6 +115,7 @@ def save(fields: dict[str, Any], folder: Path, device: str) -> None:
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    require(device)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = LlamaForCausalLM(
@@ -131,8 +139,6 @@ def save(fields: dict[str, Any], folder: Path, device: str) -> None:
 
 def unsloth_model(folder: Path, args: argparse.Namespace) -> Any:
     """The saved Llama, read and quantized by Unsloth."""
-    if args.device == "cpu":
-        raise RuntimeError("Unsloth runs on GPUs alone; leave --device out")
     if not folder.exists():
         # In a process of its own: Unsloth must come before transformers, whose classes it changes.
         command = [sys.executable, *sys.argv, "--folder", str(folder.parent), "--save"]
