@@ -3,11 +3,13 @@
     python experiments/speed/train_step.py                                    # the 8B shape, 4x2048
     python experiments/speed/train_step.py --shape 65b --batch 1 --remat layer
     python experiments/speed/train_step.py --profile                          # where the time goes
+    python experiments/speed/train_step.py --against peft,unsloth --out both.json
+    python experiments/speed/train_step.py --scan --remat layer --against both.json
 
 Random weights, made packed on the device; LoRA on all seven linear layers of each block; AdamW. The
 whole step (forward, backward, optimizer) is timed. Beside it stands what matrix products alone
-reach in the same run, and what share of that the step's own products make. Results are in this
-folder's README.
+reach in the same run, and what share of that the step's own products make; and what PEFT with
+bitsandbytes and Unsloth reach, where they are installed. Results are in this folder's README.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 import jax
 import jax.numpy as jnp
 import optax
+import peers
 
 import lora_jax as lj
 from lora_jax import kernels
+from lora_jax.formats.hf_write import to_hf
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.random_weights import KERNELS, random_base
 from lora_jax.models.shapes import SHAPES
@@ -144,12 +148,34 @@ def kernel_times(run: Any, steps: int) -> list[tuple[str, float, int]]:
     return [(name, ns / steps / 1e6, calls[name] // steps) for name, ns in total.most_common(40)]
 
 
+def shape_of(args: argparse.Namespace) -> DecoderConfig:
+    """The shape, with as many layers as asked for."""
+    shape = SHAPES[NAMES.get(args.shape, args.shape)]
+    return dataclasses.replace(shape, num_layers=args.layers or shape.num_layers)
+
+
+def setting(args: argparse.Namespace) -> dict[str, str]:
+    """The options, for the JSON."""
+    return {key: str(value) for key, value in vars(args).items() if key != "out"}
+
+
+def measure_peers(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the peers of `--against` reach, none of ours having been started yet."""
+    if args.against.endswith(".json"):
+        return peers.earlier(Path(args.against), setting(args))
+    pairs = peers.chosen(args.against)
+    try:
+        # Slowed rotary frequencies change no speed, and the peers' config has other names for them.
+        fields = to_hf(dataclasses.replace(shape_of(args), rope_scaling=None))
+    except ValueError as error:
+        return [{"peer": peer, "variant": variant, "error": str(error)} for peer, variant in pairs]
+    return peers.run(pairs, fields, args)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured of one configuration."""
-    shape = SHAPES[NAMES.get(args.shape, args.shape)]
     config = dataclasses.replace(
-        shape,
-        num_layers=args.layers or shape.num_layers,
+        shape_of(args),
         scan_layers=args.scan,
         remat=None if args.remat == "none" else args.remat,
         attention=args.attention,
@@ -192,7 +218,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result = {
         "device": getattr(device, "device_kind", device.platform),
         "jax": jax.__version__,
-        "setting": {key: str(value) for key, value in vars(args).items() if key != "out"},
+        "setting": setting(args),
         "layers": config.num_layers,
         "milliseconds": median * 1e3,
         "tokens_per_second": count / median,
@@ -230,13 +256,18 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=2048, help="positions of logits; 0 for all")
     parser.add_argument("--attention", default="cudnn", choices=("cudnn", "xla"))
     parser.add_argument("--steps", type=int, default=8, help="timed samples")
+    parser.add_argument(
+        "--against",
+        help="peft, unsloth, unsloth:false, ...; or what an earlier --out wrote of them",
+    )
     parser.add_argument("--profile", action="store_true", help="list the kernels by their time")
     parser.add_argument("--hlo", type=Path, help="a file for the optimized program")
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
     args = parser.parse_args()
+    others = measure_peers(args) if args.against else []
     with kernels.use(args.path):
         result = measure(args)
-    losses = result["losses"]
+    result["peers"], losses = peers.compared(result, others), result["losses"]
     print(
         f"{result['device']}, JAX {result['jax']}: {args.shape} ({result['layers']} layers) "
         f"{args.batch}x{args.length}, {args.kind}, remat {args.remat}, "
@@ -249,6 +280,8 @@ def main() -> None:
         f"{result['utilization']:.1%}; loss {losses[0]:.4f} -> {losses[-1]:.4f}",
         flush=True,
     )
+    if others:
+        print(peers.table(result, result["peers"]), flush=True)
     for name, milliseconds, calls in result.get("kernels", ()):
         print(f"  {milliseconds:9.2f} ms  x{calls:<6} {name}")
     if args.out:

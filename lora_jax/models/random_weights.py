@@ -17,7 +17,7 @@ from lora_jax.core.codebooks import codebook
 from lora_jax.core.leaves import QuantizedArray
 from lora_jax.core.placement import Stack, in_host_memory
 from lora_jax.core.rules import fold_path
-from lora_jax.core.tree import map_leaves, quantize
+from lora_jax.core.tree import map_leaves, named_leaves, quantize
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import by_layout, parameter_shapes
 
@@ -74,7 +74,10 @@ def random_base(
             return jnp.ones(leaf.shape, leaf.dtype)
         return _made(_random_dense, fold_path(key, path), path, leaf)
 
-    return map_leaves(make, shapes)
+    # What is largest comes first: allocators that take memory in ever larger pieces waste less.
+    leaves = sorted(named_leaves(shapes), key=lambda named: -named[1].size)
+    made = {path: make(path, leaf) for path, leaf in leaves}
+    return map_leaves(lambda path, _: made[path], shapes)
 
 
 def _random_codes(key: jax.Array, path: str, like: QuantizedArray) -> QuantizedArray:
