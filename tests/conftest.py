@@ -16,6 +16,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 FROM = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+QUICKLY = "jax_disable_most_optimizations"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,3 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update({CACHE: folder.name, FROM: "0"})
     jax.config.update(CACHE.lower(), folder.name)
     jax.config.update(FROM.lower(), 0.0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compiles in two thirds of the time where a test is marked `compiled_quickly`.
+
+    XLA rewrites a program as ever, and LLVM then leaves it as it is: in particular, it contracts no
+    product and sum into one rounding. So a test that claims equal bits is not marked; nor is one
+    whose programs run long.
+    """
+    quickly = item.get_closest_marker("compiled_quickly") is not None
+    if quickly != jax.config.values[QUICKLY]:
+        jax.clear_caches()  # which do not know in which way their programs were compiled
+        jax.config.update(QUICKLY, quickly)

@@ -23,6 +23,7 @@ from cases import (
 )
 from jax import lax
 
+pytestmark = pytest.mark.compiled_quickly
 HEADS = (32, 3, 4)
 IDS = np.array([[0, 5, 1], [1, 1, 3]])
 

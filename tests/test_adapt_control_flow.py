@@ -28,6 +28,8 @@ from cases import (
 )
 from jax import lax
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 def layer(x, w):
     return jnp.tanh(x @ w)

@@ -37,6 +37,7 @@ from small_lm import (
 
 import lora_jax as lj
 
+quickly = pytest.mark.compiled_quickly
 # Every base with plain LoRA, and every variant on a 4-bit base.
 KEY = jax.random.key(0)
 PAIRS = list(
@@ -127,6 +128,7 @@ def make_step(tx: optax.GradientTransformation):
     return step
 
 
+@quickly
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("base_kind", ["float32", "nf4"])
 def test_training_leaves_the_base_alone(base_kind, optimizer):
@@ -169,6 +171,7 @@ def test_unmerged_equals_the_base(trees):
 # Law 4: transforms change nothing.
 
 
+@quickly
 @pytest.mark.parametrize("options", [{"remat": True}, {"scan": False}], ids=["remat", "unrolled"])
 @pytest.mark.parametrize("base_kind", ["float32", "nf4"])
 def test_loops_and_remat(base_kind, options):
@@ -195,6 +198,7 @@ RUNS = 3
 stacked = functools.partial(jax.tree.map, lambda *xs: jnp.stack(xs))
 
 
+@quickly
 @pytest.mark.parametrize("base_kind", ["float32", "nf4"])
 def test_runs_under_vmap(base_kind):
     """Adapters of several runs on one base, each with a scale of its own."""
@@ -235,6 +239,7 @@ NESTED = {
 }
 
 
+@quickly
 @pytest.mark.parametrize("nested", NESTED.values(), ids=NESTED)
 def test_inside_other_transforms(nested):
     trees = make("nf4", "lora")
@@ -242,6 +247,7 @@ def test_inside_other_transforms(nested):
     assert_near(nested(fn, trees.moved), jitted(trees.base, trees.moved), 2e-6)
 
 
+@quickly
 def test_derivatives_agree():
     """Forward and reverse; and the second derivative, forward over reverse and the other way."""
     trees = make("nf4", "lora")
@@ -266,6 +272,7 @@ def test_derivatives_agree():
     np.testing.assert_allclose(*second, rtol=1e-3)
 
 
+@quickly
 @pytest.mark.parametrize("base_kind", ["float32", "nf4"])
 def test_sharded_equals_unsharded(base_kind):
     trees = make(base_kind, "lora, norms trained")
@@ -323,6 +330,7 @@ def dense_loss(adapters: Any, base: Any, dtype: Any) -> jax.Array:
     return jnp.sum(jnp.sin(model(dense, IDS)))
 
 
+@quickly
 @pytest.mark.parametrize(
     ("base_kind", "variant"),
     [("float32", "lora"), ("nf4", "rslora"), ("nf4", "lora, norms trained")],

@@ -23,6 +23,7 @@ from lora_jax.models.decoder import (
 )
 from lora_jax.models.families import SHAPES, from_gguf, from_hf
 
+pytestmark = pytest.mark.compiled_quickly
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "tiny_llama.npz"))
 HF_CONFIG = json.loads(str(GOLDEN["config"]))
 CONFIG = from_hf(HF_CONFIG)

@@ -18,6 +18,7 @@ from lora_jax.formats.hf import read_hf
 from lora_jax.generate import generate, log_distribution, stream
 from lora_jax.models.decoder import Decoder, DecoderConfig
 
+pytestmark = pytest.mark.compiled_quickly
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "generation.json").read_text())
 PROMPTS, EXPECTED = GOLDEN["prompts"], GOLDEN["continuations"]
 TOKENS = len(EXPECTED[0])
