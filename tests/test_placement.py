@@ -111,7 +111,9 @@ def test_abstract_trees_say_where_they_would_lie(trees):
 
 def test_what_cannot_be_placed_is_said(trees):
     base, _ = trees
-    with pytest.raises(ValueError, match=r"keep=2 asks for a part of layers/bias, float32.*write a pattern"):
+    with pytest.raises(
+        ValueError, match=r"keep=2 asks for a part of layers/bias, float32.*write a pattern"
+    ):
         lj.offload(base, "bias", keep=2)
     with pytest.raises(ValueError, match="matches no leaf"):
         lj.offload(base, "no such leaf")

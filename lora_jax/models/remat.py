@@ -6,7 +6,7 @@ bfloat16:
 
     policy       saved                                                 KiB    products repeated
     "layer"      the layer's input                                       8    all but down_proj
-    "stream"     and the residual stream between attention and MLP      16    the same but for o_proj
+    "stream"     and the residual stream between attention and MLP      16    the same less o_proj
     "attention"  and queries, keys, values, what attention made of them  36    gate_proj, up_proj
     "products"   and outputs of gate_proj and up_proj                   92    none
 
