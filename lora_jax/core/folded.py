@@ -6,12 +6,16 @@ anyway, so the update is added while it is decoded, in float32 and before the on
 costs 2·r operations a weight and moves nothing more. Gradients of A and B stay factored, so that
 there are 4·T·in·out operations, as without folding, and not the 6·T·in·out of a dense sum.
 
+On an H200 folding takes 0.6 ps an element of W, and passing over an element of y or dx 0.9 ps. So
+it pays from some in·out / (in + out) rows on: 3,185 of Llama 3 8B's gate, 5,970 of Llama 65B's.
+
 Shapes: T rows of activations, r rank.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -38,8 +42,13 @@ def folds(view: View, x: jax.Array, rows: int) -> bool:
         and view.scale is None
         and (view.dropout_key is None or not view.adapter.dropout)
         and x.dtype == view.dtype
-        and rows >= LEAST_ROWS
+        and rows >= least_rows(math.prod(view.inner), math.prod(view.outer))
     )
+
+
+def least_rows(inn: int, out: int) -> int:
+    """Rows from which on a product with a weight of this size is taken in one."""
+    return max(LEAST_ROWS, inn * out // (inn + out))
 
 
 def product(

@@ -46,7 +46,7 @@ class Tiling:
     stages: int = 3
 
 
-FOLD = Tiling(64, splits=8, stages=1)  # of `decode_folded`
+FOLD = Tiling(64, splits=32, stages=1)  # of `decode_folded`
 
 
 def decode_tiling(q: QuantizedArray) -> Tiling:
