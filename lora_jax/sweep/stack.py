@@ -70,21 +70,11 @@ def stack(adapters: Sequence[Any]) -> tuple[Any, Any]:
     padded = [pad(tree, like) for tree in adapters]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *padded)
     stacked = map_adapters(lambda x: dataclasses.replace(x, dropout=dropout), stacked)
-    scales = map_adapters(lambda _, *n: jnp.asarray([x.scale for x in n]), like, *numbers)
-    return stacked, scales
 
+    def scales_of(leaf: Any, *own: Numbers) -> Any:
+        return jnp.asarray([x.scale for x in own]) if isinstance(leaf, Adapter) else None
 
-def unstack(adapters: Any, scales: Any) -> list[Any]:
-    """Undoes `stack`, but for the padding: the adapters of each run, of the largest rank."""
-    (number, *_) = (len(x) for x in jax.tree.leaves(adapters))
-
-    def of_run(k: int) -> Any:
-        return map_adapters(
-            lambda x, scale: dataclasses.replace(x, scale=float(scale)),
-            *(jax.tree.map(lambda x: x[k], tree) for tree in (adapters, scales)),
-        )
-
-    return [of_run(k) for k in range(number)]
+    return stacked, jax.tree.map(scales_of, like, *numbers, is_leaf=_is_place)
 
 
 def union(adapters: Sequence[Any]) -> Any:
@@ -124,6 +114,12 @@ def whole_leaves(adapters: Any) -> Any:
     flat, _ = jax.tree_util.tree_flatten_with_path(adapters, is_leaf=_is_place)
     whole = (path_string(path) for path, x in flat if not (x is None or isinstance(x, Adapter)))
     return tuple(whole), frozenset((str(x.a.dtype), str(x.b.dtype)) for x in adapters_in(adapters))
+
+
+def shapes(adapters: Any) -> tuple[Any, ...]:
+    """The shape of the arrays at each place, which padding makes alike."""
+    places = jax.tree.leaves(adapters, is_leaf=_is_place)
+    return tuple(tuple(x.shape for x in jax.tree.leaves(place)) for place in places)
 
 
 def _kind(leaf: Any) -> Any:
@@ -166,7 +162,9 @@ def numbers_of(adapters: Any, like: Any) -> Any:
     def one(like: Any, leaf: Any) -> Any:
         if not isinstance(like, Adapter):
             return None
-        return Numbers(0.0, 0.0, 0) if leaf is None else Numbers(leaf.scale, leaf.dropout, leaf.rank)
+        return (
+            Numbers(0.0, 0.0, 0) if leaf is None else Numbers(leaf.scale, leaf.dropout, leaf.rank)
+        )
 
     return jax.tree.map(one, like, adapters, is_leaf=_is_place)
 
@@ -175,7 +173,7 @@ def numbers_of(adapters: Any, like: Any) -> Any:
 
 
 def of_run(adapters: Any, numbers: Any, *, drops: bool) -> Any:
-    """The adapters as a loss may see them: with the run's own scale, and dropout if there is any."""
+    """The adapters as a loss sees them: with the run's own scale, and dropout if `drops`."""
 
     def one(adapter: Adapter, own: Numbers) -> RunAdapter:
         scale, dropout = (jnp.broadcast_to(x, adapter.batch_shape) for x in own[:2])
