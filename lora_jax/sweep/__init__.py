@@ -27,7 +27,8 @@ does not depend on those beside it, and equals the same run alone.
 """
 
 from lora_jax.sweep.fields import grid
-from lora_jax.sweep.fit import Batches, Fitted, Halving, Stopped, fit
+from lora_jax.sweep.fit import Fitted, Halving, fit
+from lora_jax.sweep.places import Batches, Stopped
 from lora_jax.sweep.plan import Group, Plan, plan
 from lora_jax.sweep.stack import stack
 

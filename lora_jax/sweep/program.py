@@ -69,9 +69,13 @@ class Program:
             return loss
 
         def step(state: State, numbers: Numbers, base: Any, batch: Any) -> tuple[State, dict]:
-            pieces = {"loss_fn": loss_of_run(numbers), "tx": optimizer(numbers)}
-            options = {"accumulate": accumulate, "transform": transform}
-            return train_step(state, base, batch, **pieces, **options)
+            return train_step(
+                *(state, base, batch),
+                loss_fn=loss_of_run(numbers),
+                tx=optimizer(numbers),
+                accumulate=accumulate,
+                transform=transform,
+            )
 
         def evaluate(state: State, numbers: Numbers, base: Any, batch: Any) -> dict:
             result = loss_of_run(numbers)(state.adapters, base, batch, None)
