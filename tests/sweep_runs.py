@@ -46,13 +46,13 @@ def loss_fn(adapters: Any, base: Any, batch: Any, key: Any) -> Any:
 def maker(base: Any, dtype: Any = jnp.float32) -> Any:
     """`make_adapters`, whose B is no zero, so that every gradient has something to say at once."""
 
-    def make_adapters(run: Run) -> Any:
+    def made(run: Run) -> Any:
         options = {"alpha": run.alpha, "rslora": run.rslora, "dropout": run.dropout}
         rule = lj.LoraRule(run.targets, rank=run.rank, **options)
         adapters = lj.init_adapters(jax.random.key(run.seed), base, rule, dtype=dtype)
         return jax.tree.map(lambda x: run.init_scale * (x + 0.1 * (x == 0)), adapters)
 
-    return make_adapters
+    return lambda run: jax.jit(lambda: made(run))()  # one program, where eagerly it is ten
 
 
 def make_tx(run: Run) -> optax.GradientTransformation:
