@@ -124,7 +124,7 @@ class Round:
         interval = self.evaluation.every or 1
         for clock in itertools.count():
             begins = clock % interval == 0 if callable(self.batches) else not self.taken
-            if queue and begins:
+            if queue and begins and None in self.places:
                 self._fill(queue)
             if not self.taken and not queue:
                 return
@@ -192,7 +192,7 @@ class Round:
         if not present:
             return None
         anyone = next(iter(present.values()))
-        return _stacked([present.get(place, anyone) for place in range(len(self.places))])
+        return stacked([present.get(place, anyone) for place in range(len(self.places))])
 
     def _out_of_data(self, entries: list[Entry]) -> None:
         if not entries:
@@ -246,7 +246,7 @@ class Round:
             entry.state = jax.tree.map(np.asarray, state._replace(key=None))
 
 
-def _stacked(batches: list[Any]) -> Any:
+def stacked(batches: list[Any]) -> Any:
     """Batches of several runs, `[N, ...]`."""
 
     def one(*arrays: Any) -> Any:

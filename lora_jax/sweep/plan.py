@@ -24,7 +24,7 @@ from lora_jax.sweep.fields import fields_of, varying_numbers, with_fields
 
 # By how many updates it is found out whether padding changes an optimizer, and by how much of the
 # largest move these may differ: sums over padded arrays are taken in another order.
-PROBES, TOLERANCE = 3, 1e-3
+PROBES, TOLERANCE = 2, 1e-3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Program:
             return {**metrics, "loss": loss}
 
         def start(key: jax.Array, adapters: Any, numbers: Numbers) -> State:
-            return init_state(key, adapters, optimizer(numbers))
+            return init_state(key, stack.pad(adapters, group.like), optimizer(numbers))
 
         batches = None if shared else 0
         self.step = jax.jit(jax.vmap(step, (0, 0, None, batches)), donate_argnums=0)
@@ -93,7 +93,7 @@ class Program:
     def start(self, run: int, key: jax.Array) -> State:
         """The state of a run before its first step, of the group's shapes."""
         adapters = self.plan.make_adapters(self.plan.runs[run])
-        return self._start(key, stack.pad(adapters, self.group.like), self._numbers(run))
+        return self._start(key, adapters, self._numbers(run))
 
     def numbers(self, runs: Sequence[int]) -> Numbers:
         """Those of the runs in all places, each `[N]`."""
