@@ -53,7 +53,7 @@ __all__ = [
     "unmerge",
 ]
 
-_SUBMODULES = ("data", "formats", "generate", "kernels", "memory", "models", "train")
+_SUBMODULES = ("data", "formats", "generate", "kernels", "memory", "models", "sweep", "train")
 
 
 def __getattr__(name: str) -> _Any:

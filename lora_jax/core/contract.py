@@ -22,7 +22,7 @@ from jax import lax
 
 from lora_jax import kernels
 from lora_jax.core import folded, products
-from lora_jax.core.leaves import QuantizedArray
+from lora_jax.core.leaves import QuantizedArray, RunAdapter
 from lora_jax.core.view import View
 
 RANK, OTHER_RANK = 1000, 1001  # labels of rank axes; those of operands' axes count from zero
@@ -203,11 +203,15 @@ def _labels_by_kind(view: View, labels: list[int]) -> dict[str, list[int]]:
 
 
 def _dropout(view: View, x: jax.Array) -> jax.Array:
-    if view.dropout_key is None or view.adapter is None or not view.adapter.dropout:
+    if view.dropout_key is None or view.adapter is None or not view.adapter.drops:
         return x
-    keep = 1 - view.adapter.dropout
+    keep: Any = 1 - view.adapter.dropout
+    divisor = keep
+    if isinstance(view.adapter, RunAdapter):
+        keep = keep.reshape(-1)[0]
+        divisor = keep.astype(x.dtype)  # as a Python number would be
     key = view.dropout_key.reshape(-1)[0]
-    return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
+    return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / divisor, 0).astype(x.dtype)
 
 
 def _product_of_views(

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import jax
 
-from lora_jax.core.leaves import Adapter, QuantizedArray
+from lora_jax.core.leaves import Adapter, QuantizedArray, RunAdapter
 from lora_jax.core.view import View
 
 # Products of fewer rows are bound by reading the codes, and have a kernel of their own.
@@ -32,15 +32,16 @@ def folds(view: View, x: jax.Array, rows: int) -> bool:
 
     Only a 4-bit weight has it: its float32 values lie between those of the narrower dtype, so that
     rounding keeps even small updates on average, where it would lose them beside a weight that is
-    rounded already.
+    rounded already. Nor is it done in a sweep, where each run would decode a weight for itself.
     """
     return (
         view.fold
         and view.adapter is not None
+        and not isinstance(view.adapter, RunAdapter)
         and isinstance(view.base, QuantizedArray)
         and not view.batch_shape
         and view.scale is None
-        and (view.dropout_key is None or not view.adapter.dropout)
+        and (view.dropout_key is None or not view.adapter.drops)
         and x.dtype == view.dtype
         and rows >= least_rows(math.prod(view.inner), math.prod(view.outer))
     )

@@ -164,12 +164,42 @@ class Adapter:
         """Sizes of the batch axes."""
         return tuple(self.a.shape[:-2])
 
+    @property
+    def drops(self) -> bool:
+        """Whether inputs are dropped when there is a key."""
+        return bool(self.dropout)
+
     def __repr__(self) -> str:
         if not all(hasattr(x, "shape") for x in (self.a, self.b)):
             return f"Adapter(a={self.a!r}, b={self.b!r}, scale={self.scale})"
         batch = f"batch={self.batch_shape}, " if self.batch_shape else ""
         sizes = f"rank={self.rank}, in={self.a.shape[-1]}, out={self.b.shape[-2]}"
         return f"Adapter({batch}{sizes}, scale={self.scale:g}, layout={self.layout!r})"
+
+
+@_leaf(["a", "b", "scale", "dropout"], ["layout"])
+class RunAdapter(Adapter):
+    """An adapter whose scale and dropout are values: what a loss is given in a sweep.
+
+    Runs that differ in them share one program. Nothing that is optimized or kept holds such a
+    leaf, for as values they would be decayed with the weights.
+
+    Attributes:
+      a, b, layout: as in `Adapter`; beyond the run's own rank they are zero.
+      scale: `[b...]`.
+      dropout: `[b...]`, the same at all indices, or None for none.
+    """
+
+    scale: Any = 1.0
+    dropout: Any = None
+
+    @property
+    def drops(self) -> bool:
+        """Whether inputs are dropped when there is a key."""
+        return self.dropout is not None
+
+    def __repr__(self) -> str:
+        return f"RunAdapter(a={self.a!r}, b={self.b!r}, scale={self.scale!r})"
 
 
 @_leaf(["base", "adapter", "scale", "dropout_key"], [])

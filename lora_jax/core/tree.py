@@ -224,7 +224,7 @@ def combine(base: Any, adapters: Any, *, scales: Any = None, dropout_key: Any = 
         if scale is not None:
             scale = jnp.broadcast_to(jnp.asarray(scale), batch)
         keys = None
-        if dropout_key is not None and adapter.dropout:
+        if dropout_key is not None and adapter.drops:
             keys = fold_path(dropout_key, path)
             keys = jax.random.split(keys, batch) if batch else keys
         return AdaptedArray(leaf, adapter, scale, keys)

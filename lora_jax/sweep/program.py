@@ -1,0 +1,123 @@
+"""One step of many runs, as one program: `vmap` over what is small, the base beside it.
+
+    state    [N, ...]   adapters, optimizer, key and step of each run ┐
+    numbers  [N, ...]   learning rate, scale, rank, ... of each run   ├─► state, metrics [N]
+    base                shared                                        │
+    batch               shared, or [N, ...]                           ┘
+
+No operation crosses the runs, so that whatever one of them holds, be it NaN, the others' values
+are the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from lora_jax.sweep import stack
+from lora_jax.sweep.fields import fields_of, with_fields
+from lora_jax.sweep.plan import Group, Plan
+from lora_jax.train import LossFn, State, Transform, init_state, train_step
+
+
+class Numbers(NamedTuple):
+    """What differs by a number between runs.
+
+    Attributes:
+      fields: of the configs, by name.
+      adapters: a tree of `stack.Numbers`.
+    """
+
+    fields: dict[str, Any]
+    adapters: Any
+
+
+class Program:
+    """The compiled functions of a group; places of the group are counted from 0 to N - 1."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        group: Group,
+        loss_fn: LossFn,
+        *,
+        shared: bool,
+        accumulate: int = 1,
+        transform: Transform | None = None,
+    ):
+        self.plan, self.group = plan, group
+        drops = any(x.drops for k in group.runs for x in stack.adapters_in(plan.own[k]))
+        example = plan.runs[group.runs[0]]
+
+        def optimizer(numbers: Numbers) -> optax.GradientTransformation:
+            tx = plan.make_tx(with_fields(example, numbers.fields))
+            # Zeros stay zeros without it, unless an optimizer adds noise of its own.
+            mask = lambda updates, _: stack.without_padding(updates, numbers.adapters)  # noqa: E731
+            return optax.chain(tx, optax.stateless(mask))
+
+        def loss_of_run(numbers: Numbers) -> LossFn:
+            def loss(adapters: Any, base: Any, batch: Any, key: Any) -> Any:
+                own = stack.of_run(adapters, numbers.adapters, drops=drops)
+                return loss_fn(own, base, batch, key)
+
+            return loss
+
+        def step(state: State, numbers: Numbers, base: Any, batch: Any) -> tuple[State, dict]:
+            return train_step(
+                *(state, base, batch),
+                loss_fn=loss_of_run(numbers),
+                tx=optimizer(numbers),
+                accumulate=accumulate,
+                transform=transform,
+            )
+
+        def evaluate(state: State, numbers: Numbers, base: Any, batch: Any) -> dict:
+            result = loss_of_run(numbers)(state.adapters, base, batch, None)
+            loss, metrics = result if isinstance(result, tuple) else (result, {})
+            return {**metrics, "loss": loss}
+
+        def start(key: jax.Array, adapters: Any, numbers: Numbers) -> State:
+            return init_state(key, stack.pad(adapters, group.like), optimizer(numbers))
+
+        batches = None if shared else 0
+        self.step = jax.jit(jax.vmap(step, (0, 0, None, batches)), donate_argnums=0)
+        self.evaluate = jax.jit(jax.vmap(evaluate, (0, 0, None, None)))
+        self._start = jax.jit(start)
+
+    def start(self, run: int, key: jax.Array) -> State:
+        """The state of a run before its first step, of the group's shapes."""
+        adapters = self.plan.make_adapters(self.plan.runs[run])
+        return self._start(key, adapters, self._numbers(run))
+
+    def numbers(self, runs: Sequence[int]) -> Numbers:
+        """Those of the runs in all places, each `[N]`."""
+        # Of Python numbers, hence weakly typed: bfloat16 stays what it is, as for a run alone.
+        fields, adapters = zip(*map(self._numbers, runs), strict=True)
+        weak = lambda *values: jnp.stack([jnp.asarray(x) for x in values])  # noqa: E731
+        return Numbers(
+            jax.tree.map(weak, *fields), jax.tree.map(lambda *x: jnp.asarray(x), *adapters)
+        )
+
+    def _numbers(self, run: int) -> Numbers:
+        values = fields_of(self.plan.runs[run])
+        fields = {name: values[name] for name in self.plan.traced}
+        return Numbers(fields, stack.numbers_of(self.plan.own[run], self.group.like))
+
+
+@jax.jit
+def take(tree: Any, place: Any) -> Any:
+    """One run's part of a tree `[N, ...]`."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, place, keepdims=False), tree)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put(tree: Any, place: Any, of_run: Any) -> Any:
+    """A tree `[N, ...]` with another run in one place."""
+    update = functools.partial(lax.dynamic_update_index_in_dim, index=place, axis=0)
+    return jax.tree.map(update, tree, of_run)
