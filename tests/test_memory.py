@@ -116,7 +116,7 @@ SMALL = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("policy", memory.POLICIES)
+@pytest.mark.parametrize("policy", NAMED)
 @pytest.mark.parametrize(("attention", "dtype"), [("xla", "float32"), ("cudnn", "bfloat16")])
 def test_a_layer_saves_what_jax_keeps_of_it(policy, attention, dtype, monkeypatch):
     """Arrays with an axis for the tokens, among the residuals of a scanned decoder."""
@@ -143,12 +143,14 @@ def test_a_layer_saves_what_jax_keeps_of_it(policy, attention, dtype, monkeypatc
     setup = Setup(
         config, method="lora", batch=2, length=14, remat=policy, attention=attention, dtype=dtype
     )
-    [logits, backward] = memory.predict(setup).moments
-    assert logits.activations == backward.activations == nbytes(stacks)
+    found = memory.predict(setup)
+    [logits, backward] = found.moments
+    assert logits.activations == backward.activations
+    assert found.activations + found.host == nbytes(stacks)
 
 
 def test_policies_are_those_of_the_decoder():
-    assert set(memory.POLICIES) == set(NAMED)
+    assert {*memory.POLICIES, "layer-offloaded"} == set(NAMED)
     saved = [
         memory.predict(Setup(LLAMA, remat=policy)).moments[0].activations
         for policy in memory.POLICIES
@@ -180,6 +182,39 @@ def test_measured_peaks(layers, policy, scan, peak, program):
     assert found.needed / GIB == pytest.approx(peak, rel=0.02)
     if program is not None:
         assert found.total / GIB == pytest.approx(program, rel=0.02)
+
+
+# The same, of whole models: a step, and the GiB that it took.
+WHOLE = {
+    "8B, inputs on the host": (
+        Setup(SHAPES["llama-3-8b"], batch=4, chunk=512, remat="layer-offloaded"),
+        7.71,
+    ),
+    "8B, 24 layers on the host": (Setup(SHAPES["llama-3-8b"], batch=4, chunk=1024, keep=8), 7.25),
+    "13B": (Setup(SHAPES["llama-2-13b"], chunk=512), 9.11),
+    "65B": (Setup(SHAPES["llama-65b"], chunk=512), 39.11),
+    "175B": (Setup(SHAPES["gpt-3-175b"], chunk=512), 98.28),
+    "405B, half of it on the host": (Setup(SHAPES["llama-3.1-405b"], chunk=512, keep=62), 125.33),
+}
+
+
+@pytest.mark.parametrize(("setup", "peak"), WHOLE.values(), ids=WHOLE)
+def test_measured_peaks_of_whole_models(setup, peak):
+    assert memory.predict(setup).needed / GIB == pytest.approx(peak, rel=0.03)
+
+
+def test_what_waits_on_the_host_is_counted():
+    shape, half = SHAPES["llama-3-8b"], SHAPES["llama-3-8b"].num_layers // 2
+    here, split = (memory.predict(Setup(shape, keep=keep)) for keep in (None, half))
+    packed = [w for w in memory.weights(shape) if w.path.endswith("_proj/kernel")]
+    per_number = 0.5 + 1 / 64 + 4 / 16_384  # codes, scales of 64, and of 256 of those
+    waiting = sum(w.parameters for w in packed) / 2 * per_number
+    assert here.host == 0
+    assert split.host == pytest.approx(waiting, rel=1e-4)
+    assert here.resident - split.resident == pytest.approx(split.host, abs=32)
+    offloaded = memory.predict(Setup(shape, remat="layer-offloaded", length=1024))
+    assert offloaded.host == 32 * 1024 * 4096 * 2
+    assert "on the host" in str(offloaded)
 
 
 # Bytes of temporaries that XLA's buffer assignment gives programs compiled for an H200 (JAX 0.11.2)
@@ -287,7 +322,8 @@ EIGHT = Setup(SHAPES["llama-3-8b"], batch=4)
 
 
 @pytest.mark.parametrize(
-    ("limit", "policy"), [(80, "products"), (22, "attention"), (14, "stream"), (11, "layer")]
+    ("limit", "policy"),
+    [(80, "products"), (22, "attention"), (14, "stream"), (11, "layer")],
 )
 def test_the_policy_that_repeats_least_and_fits(limit, policy):
     assert memory.auto_remat(EIGHT, limit * GIB) == policy

@@ -50,7 +50,10 @@ class StepOptions:
     """Parts in which a batch is computed, one after the other."""
     optimizer: Literal["adamw", "adamw-bfloat16", "momentum", "sgd"] = "adamw"
     """What keeps a state: two moments of each gradient, the first one in bfloat16, one, or none."""
-    remat: Literal["none", "products", "attention", "stream", "layer", "auto"] | None = None
+    remat: (
+        Literal["none", "products", "attention", "stream", "layer", "layer-offloaded", "auto"]
+        | None
+    ) = None
     """What is saved for the backward pass; auto for the most that fits. All of them are listed,
     if not given."""
     scan: bool = True
@@ -65,6 +68,8 @@ class StepOptions:
     """Weights that share a scale."""
     double_quant: bool = True
     """Whether scales are stored in 8 bits."""
+    keep: int | None = None
+    """Layers whose 4-bit kernels stay on the device; the others wait in the host's memory."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations, and of weights that are not in 4 bits."""
 

@@ -79,11 +79,13 @@ class ModelOptions:
         "attention",
         "stream",
         "layer",
+        "layer-offloaded",
         "nothing_saveable",
         "dots_saveable",
     ] = "none"
     """What to save for the backward pass instead of everything: trades time for memory. auto is the
-    first of products, attention, stream and layer that fits the device."""
+    first of products, attention, stream and layer that fits the device; layer-offloaded keeps the
+    inputs of layers in the host's memory."""
 
     @classmethod
     def of_run(cls, folder: str | None) -> ModelOptions:

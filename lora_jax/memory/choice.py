@@ -74,7 +74,9 @@ def _nearest(setup: Setup) -> Iterator[Setup]:
 
 
 def _policies_below(policy: str | None) -> tuple[str, ...]:
-    return POLICIES if policy is None else POLICIES[POLICIES.index(policy) + 1 :]
+    if policy is None:
+        return POLICIES
+    return POLICIES[POLICIES.index(policy) + 1 :] if policy in POLICIES else ()
 
 
 def refusal(setup: Setup, limit: int) -> str:

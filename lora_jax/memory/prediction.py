@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from lora_jax.memory.setup import Setup
-from lora_jax.memory.step import Moment, compiling_bytes, moments
+from lora_jax.memory.step import Moment, compiling_bytes, inputs_on_host, moments
 from lora_jax.memory.trees import state
 
 CATEGORIES = {
@@ -34,6 +34,7 @@ class Memory:
         once: `gradients` is what of it is alive at the peak.
       moments: what is alive beside the state, at each moment that may be the peak.
       compiling: what the compiler takes beside the state while it tries out products.
+      host: in the host's pinned memory: kernels that wait there, and layers' inputs.
     """
 
     base: int
@@ -43,6 +44,7 @@ class Memory:
     all_gradients: int
     moments: tuple[Moment, ...]
     compiling: int
+    host: int = 0
 
     @property
     def peak(self) -> Moment:
@@ -93,6 +95,8 @@ class Memory:
         rows.append((f"in all, at the {self.peak.name}", self.total))
         if self.compiling > self.peak.total:
             rows.append(("in all, while compiling", self.needed))
+        if self.host:
+            rows.append(("beside it, on the host", self.host))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}} {size / 2**30:10.3f} GiB" for name, size in rows)
 
@@ -120,4 +124,5 @@ def predict(setup: Setup) -> Memory:
         all_gradients=parts.gradients,
         moments=moments(setup, parts.gradients),
         compiling=compiling_bytes(setup),
+        host=parts.host + inputs_on_host(setup),
     )

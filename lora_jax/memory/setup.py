@@ -14,6 +14,7 @@ from lora_jax.core.codebooks import KINDS
 Method = Literal["full", "lora", "qlora"]
 Optimizer = Literal["adamw", "adamw-bfloat16", "momentum", "sgd"]
 POLICIES = ("products", "attention", "stream", "layer")  # the one that repeats least comes first
+OFFLOADED = "layer-offloaded"  # to be asked for: what the host has left is not known here
 
 PROJECTIONS = r"_proj/kernel"
 
@@ -89,8 +90,8 @@ class Setup:
       accumulate: parts in which a batch is computed, one after the other.
       optimizer: `"adamw"`; `"adamw-bfloat16"`, whose mean of gradients is in bfloat16 (optax's
         `mu_dtype`); `"momentum"`; or `"sgd"`, which keeps nothing.
-      remat: None, or a policy of `lora_jax.models.remat`: `"products"`, `"attention"`, `"stream"`
-        or `"layer"`.
+      remat: None, or a policy of `lora_jax.models.remat`: `"products"`, `"attention"`, `"stream"`,
+        `"layer"` or `"layer-offloaded"`.
       scan: whether layers are scanned.
       chunk: positions whose logits are held at once; None for all.
       attention: `"cudnn"`, which never holds the products of queries and keys, or `"xla"`.
@@ -101,7 +102,9 @@ class Setup:
       dtype: of activations.
       param_dtype: of weights that are not in 4 bits.
       adapter_dtype: of adapters, and of their optimizer's state.
-      fold: whether the update is added while a 4-bit weight is decoded, as on a GPU.
+      fold: whether the update may be added while a 4-bit weight is decoded, as on a GPU.
+      keep: layers whose 4-bit kernels are on the device, the others' being in the host's pinned
+        memory (`lj.offload`); None for all.
     """
 
     shape: Shape
@@ -124,6 +127,7 @@ class Setup:
     param_dtype: Any = jnp.bfloat16
     adapter_dtype: Any = jnp.float32
     fold: bool = True
+    keep: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("rank", "batch", "length", "accumulate"):
@@ -132,7 +136,7 @@ class Setup:
         for name, known in (
             ("method", get_args(Method)),
             ("optimizer", get_args(Optimizer)),
-            ("remat", (None, *POLICIES)),
+            ("remat", (None, *POLICIES, OFFLOADED)),
             ("attention", ("cudnn", "xla")),
             ("kind", tuple(KINDS)),
         ):
@@ -145,6 +149,11 @@ class Setup:
             raise ValueError(
                 f"a batch of {self.batch} cannot be cut in {self.accumulate} equal parts; write an "
                 "accumulate that divides it"
+            )
+        if self.keep is not None and (self.keep < 0 or self.method != "qlora"):
+            raise ValueError(
+                f"keep is {self.keep} with method {self.method!r}, expected a number of layers "
+                'whose 4-bit kernels stay on the device, with method "qlora"'
             )
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}, expected at least 1, or None for all")

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax.memory.setup import Setup
+from lora_jax.core.folded import least_rows
+from lora_jax.memory.setup import OFFLOADED, Setup
 from lora_jax.memory.trees import packed_bytes, weights
 
 WORKSPACE = 32 * 2**20  # that cuBLAS is given on Hopper
@@ -109,6 +110,8 @@ def saved_bytes(setup: Setup) -> int:
         arrays = 11 * d + 6 * f if setup.scan else 4 * d + 3 * f
         hidden = 7 * setup.tokens * setup.rank * setup.itemsize  # between the factors of adapters
         return arrays + 2 * q + 2 * k + 2 * heads + statistics + _score_bytes(setup) + hidden
+    if setup.remat == OFFLOADED:
+        return 0
     saved = d
     if setup.remat != "layer":
         saved += d  # between attention and MLP
@@ -117,6 +120,13 @@ def saved_bytes(setup: Setup) -> int:
     if setup.remat == "products":
         saved += 2 * f + routed * d + 2 * d * shape.post_norms
     return saved
+
+
+def inputs_on_host(setup: Setup) -> int:
+    """What the layers save of their inputs in the host's memory."""
+    if setup.remat != OFFLOADED:
+        return 0
+    return setup.shape.num_layers * _Widths.of(setup).d
 
 
 def _score_bytes(setup: Setup) -> int:
@@ -145,8 +155,11 @@ def logits_bytes(setup: Setup) -> int:
 def _backward(setup: Setup, widths: _Widths) -> int:
     """The working set of a layer's backward pass, beside what is saved."""
     work = max(_while_backward(setup, widths)) + _recomputed(setup, widths)
-    # A kernel cannot read codes out of a stack: those of attention are copied from the start.
-    return work + WORKSPACE + (_codes_of(setup, "attn/._proj") if setup.scan else 0)
+    # A kernel cannot read codes out of a stack: those of attention are copied from the start. All
+    # of a layer are that come from the host.
+    some_wait = setup.keep is not None and setup.keep < setup.shape.num_layers
+    copied = "_proj" if some_wait else "attn/._proj"
+    return work + WORKSPACE + (_codes_of(setup, copied) if setup.scan or some_wait else 0)
 
 
 def _recomputed(setup: Setup, widths: _Widths) -> int:
@@ -154,6 +167,7 @@ def _recomputed(setup: Setup, widths: _Widths) -> int:
     d, _, q, k, statistics = widths
     attention = 2 * q + 2 * k + statistics  # what goes into it, and what comes out
     again = {
+        OFFLOADED: 4 * d + attention,  # the input, that came back, and as below
         "layer": 3 * d + attention,  # the normed inputs of attention and MLP, the stream between
         "stream": 2 * d + attention,
         "attention": d,
@@ -196,7 +210,8 @@ def _while_backward(setup: Setup, widths: _Widths) -> list[int]:
         points = [f + d, at_attention]
     else:
         points = [4 * f + d + (decoded if setup.remat != "products" else 0), at_attention]
-    if setup.method == "lora" or (setup.method == "qlora" and not setup.fold):
+    folds = setup.fold and setup.tokens >= least_rows(setup.shape.dim, setup.shape.mlp_dim)
+    if setup.method == "lora" or (setup.method == "qlora" and not folds):
         # The update of each of the three products is an array of its own, before it is added. A
         # layer of a stack of dense weights is copied out of it.
         layer = _layer_bytes(setup) if setup.scan and setup.method == "lora" else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -83,13 +84,14 @@ def weights(shape: Shape) -> list[Weight]:
 
 
 class State(NamedTuple):
-    """Bytes that stay from step to step, and those of a gradient."""
+    """Bytes that stay from step to step, those of a gradient, and what of a base is on the host."""
 
     base: int
     scales: int
     adapters: int
     gradients: int
     optimizer: int
+    host: int
 
 
 def state(setup: Setup) -> State:
@@ -100,12 +102,17 @@ def state(setup: Setup) -> State:
     """
     found = weights(setup.shape)
     chosen = {name: _matching(found, setup, name) for name in ("targets", "quantized")}
-    base = scales = adapters = 0
+    base = scales = adapters = host = 0
     itemsize = np.dtype(setup.param_dtype).itemsize
     for weight in found:
         if setup.method == "qlora" and weight in chosen["quantized"]:
             codes, of_scales = packed_bytes(setup, weight)
-            base, scales = base + codes, scales + of_scales
+            waiting = _share_on_host(setup, weight)
+            host += int((codes + of_scales) * waiting)
+            base, scales = (
+                base + int(codes * (1 - waiting)),
+                scales + int(of_scales * (1 - waiting)),
+            )
         else:
             base += weight.parameters * itemsize
         if setup.method != "full" and weight in chosen["targets"]:
@@ -120,7 +127,16 @@ def state(setup: Setup) -> State:
         0 if setup.method == "full" else gradients,
         gradients,
         _optimizer_bytes(setup, trained, dtype.itemsize),
+        host,
     )
+
+
+def _share_on_host(setup: Setup, weight: Weight) -> Fraction:
+    """The part of a weight's layers whose kernels wait on the host."""
+    layers = setup.shape.num_layers
+    if setup.keep is None or not weight.path.startswith("layers/"):
+        return Fraction(0)
+    return Fraction(layers - min(setup.keep, layers), layers)
 
 
 def _matching(found: list[Weight], setup: Setup, name: str) -> list[Weight]:

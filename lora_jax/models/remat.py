@@ -10,18 +10,13 @@ bfloat16:
     "attention"  and queries, keys, values, what attention made of them  36    gate_proj, up_proj
     "products"   and outputs of gate_proj and up_proj                   92    none
 
-Two more keep most of it in the host's pinned memory, while they leave on the device:
-
-    "attention-offloaded"  the stream, which backward needs first        8    as "attention"
-    "layer-offloaded"      nothing                                       0    as "layer"
+"layer-offloaded" is "layer" with the input in the host's pinned memory, and nothing on the device.
 
 The older names of `jax.checkpoint_policies` are taken as well.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,26 +27,12 @@ _ATTENTION = ("queries", "keys", "values", "attended", "heads")
 _PRODUCTS = ("gate", "up", "routed", "update")
 
 
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """Names of what a policy saves.
-
-    Attributes:
-      device: of what stays on the device.
-      host: of what goes to the host. A layer's input is saved on the device unless it is here.
-    """
-
-    device: tuple[str, ...] = ()
-    host: tuple[str, ...] = ()
-
-
-NAMED: dict[str, Saved] = {
-    "layer-offloaded": Saved(host=("input",)),
-    "layer": Saved(),
-    "stream": Saved(("stream",)),
-    "attention-offloaded": Saved(("stream",), host=("input", *_ATTENTION)),
-    "attention": Saved(("stream", *_ATTENTION)),
-    "products": Saved(("stream", *_ATTENTION, *_PRODUCTS)),
+NAMED: dict[str, tuple[str, ...]] = {
+    "layer-offloaded": (),
+    "layer": (),
+    "stream": ("stream",),
+    "attention": ("stream", *_ATTENTION),
+    "products": ("stream", *_ATTENTION, *_PRODUCTS),
 }
 # What `DecoderConfig.remat` may name.
 POLICIES = (
@@ -74,24 +55,19 @@ def policy(name: str) -> Callable[..., Any]:
     """The policy of this name, as `jax.checkpoint` takes it."""
     if name not in NAMED:
         return getattr(jax.checkpoint_policies, name)
-    by_name = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=NAMED[name].device,
-        names_which_can_be_offloaded=NAMED[name].host,
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
+    if name == "layer-offloaded":
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=(),
+            names_which_can_be_offloaded=("input",),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    names = NAMED[name]
+    by_name = jax.checkpoint_policies.save_only_these_names(*names)
 
     def saves(primitive: Any, *args: Any, **params: Any) -> Any:
         if primitive.name in _FUSED_ATTENTION:
-            named, params = _named_attended()
-            return by_name(named, **params)
+            return "attended" in names
         return by_name(primitive, *args, **params)
 
     return saves
-
-
-@functools.cache
-def _named_attended() -> tuple[Any, dict[str, Any]]:
-    """The primitive by which JAX names a value "attended", and its parameters."""
-    (equation,) = jax.make_jaxpr(lambda x: saved(x, "attended"))(0.0).eqns
-    return equation.primitive, equation.params
