@@ -30,7 +30,7 @@ USES = {
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
     """Products as small as those here are folded, too."""
-    monkeypatch.setattr(folded, "LEAST_ROWS", 1)
+    monkeypatch.setattr(folded, "least_rows", lambda *_: 1)
 
 
 def problem(layout, shape, kind="nf4", dtype=jnp.float32):
@@ -135,6 +135,16 @@ def test_residuals_are_codes():
     base, _, moved, x = problem("i o", (IN, OUT))
     fn = applied(lambda w, x: jnp.sin(x) @ w, True)
     assert not [x for x in residuals(lambda t: fn(t[0], base, t[1]), (moved, x)) if is_decoded(x)]
+
+
+def test_few_rows_are_not_folded(monkeypatch):
+    monkeypatch.undo()
+    base, _, moved, _ = problem("i o", (IN, OUT))
+    fn = applied(lambda w, x: x @ w, True)
+    for rows, folds in ((127, False), (128, True)):
+        jaxpr = jax.make_jaxpr(fn)(moved, base, jnp.ones((rows, IN)))
+        assert ("decode_folded" in str(jaxpr)) == folds
+    assert folded.least_rows(4096, 14336) == 3185  # of Llama 3 8B's gate
 
 
 def test_what_is_not_folded():
