@@ -93,7 +93,16 @@ def test_errors_are_the_library_s(sentence, strings_of_the_source):
 
 
 # Rooms whose errors are all their own; those of files and commands often pass on somebody else's.
-EXPLAINED = ("core", "data", "generate.py", "optim.py", "checkpoint.py", "sharding.py", "train")
+EXPLAINED = (
+    "core",
+    "data",
+    "generate.py",
+    "optim.py",
+    "checkpoint.py",
+    "sharding.py",
+    "sweep",
+    "train",
+)
 
 
 @pytest.mark.parametrize("room", EXPLAINED)
@@ -113,6 +122,7 @@ PUBLIC = (
     "lora_jax",
     "lora_jax.data",
     "lora_jax.train",
+    "lora_jax.sweep",
     "lora_jax.formats",
     "lora_jax.models.decoder",
 )

@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 import sweep_runs
-from sweep_runs import Run, loss_fn, make_key, make_tx
+from sweep_runs import Run, assert_as_alone, assert_trees_close, loss_fn, make_key, make_tx, sgd
 
 import lora_jax as lj
 from lora_jax.sweep.program import Program
+
+quickly = pytest.mark.compiled_quickly  # where no equal bits are claimed
 
 # Between them they differ in everything that is a number.
 RUNS = [
@@ -21,12 +23,7 @@ RUNS = [
 ]
 
 
-def assert_trees_close(actual, expected, rtol):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=rtol * np.abs(y).max())
-
-
+@quickly
 def test_every_run_is_the_run_alone_in_float64():
     """50 steps in their own order of data, two at a time: one of three has to wait."""
     with jax.enable_x64(True):
@@ -37,12 +34,15 @@ def test_every_run_is_the_run_alone_in_float64():
         data = lambda run: sweep_runs.batches(50, run.seed, np.float64)  # noqa: E731
         found = lj.sweep.fit(loss_fn, base, plan, data, make_key=make_key, steps=50)
         for run, fitted in zip(RUNS, found, strict=True):
-            expected = sweep_runs.train_alone(run, base, make_adapters(run), data(run))
+            alone = sweep_runs.train_alone(
+                *(loss_fn, base, make_adapters(run), make_tx(run), make_key(run), data(run))
+            )
             assert (fitted.run, fitted.step, fitted.stopped) == (run, 50, "done")
-            assert_trees_close(fitted.adapters, expected[0], 1e-9)
-            np.testing.assert_allclose(sweep_runs.losses(fitted), expected[1], rtol=1e-9)
+            assert fitted.adapters is fitted.last
+            assert_as_alone(fitted, alone, 1e-9)
 
 
+@quickly
 def test_loss_and_gradient_of_a_first_step_in_float32():
     """With SGD at rate 1 the first move is the gradient."""
     base, data = sweep_runs.make_base(), sweep_runs.batches(1)
@@ -51,66 +51,22 @@ def test_loss_and_gradient_of_a_first_step_in_float32():
     found = lj.sweep.fit(loss_fn, base, plan, data, make_key=make_key, steps=1)
     for run, fitted in zip(RUNS[:2], found, strict=True):
         start = make_adapters(run)
-        key = jax.random.split(jax.random.fold_in(make_key(run), 0))[1]
-        loss, gradient = jax.jit(jax.value_and_grad(loss_fn))(start, base, data[0], key)
-        assert sweep_runs.losses(fitted) == [pytest.approx(float(loss), rel=1e-6)]
+        loss, gradient = jax.jit(jax.value_and_grad(loss_fn))(start, base, data[0], None)
+        assert fitted.history[0][1]["loss"] == pytest.approx(float(loss), rel=1e-6)
         # What is left of a move of 0.01 in numbers of size 1 is known to 6e-8.
-        expected = jax.tree.map(lambda x, g: x - g, start, gradient)
-        for x, y, g in zip(*map(jax.tree.leaves, (fitted.last, expected, gradient)), strict=True):
-            np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(g).max() + 1.2e-7)
+        for x, y, g in zip(*map(jax.tree.leaves, (fitted.last, start, gradient)), strict=True):
+            tolerance = 1e-5 * np.abs(g).max() + 1.2e-7
+            np.testing.assert_allclose(x, np.subtract(y, g), rtol=0, atol=tolerance)
 
 
-def test_whatever_the_others_hold_leaves_a_run_bit_for_bit():
-    """Law 9, in one compiled program: others as they are, NaN, infinite, of other numbers.
-
-    The optimizer adds noise to every entry; the padding is zero all the same.
-    """
-    noisy = lambda run: optax.noisy_sgd(run.learning_rate, 0.1, key=0)  # noqa: E731
-    base, data, mine = sweep_runs.make_base(), sweep_runs.batches(4), 1
-    plan = lj.sweep.plan(RUNS, sweep_runs.maker(base), make_tx)
-    program = Program(
-        dataclasses.replace(plan, make_tx=noisy), plan.groups[0], loss_fn, shared=True
-    )
-    states = [program.start(k, make_key(run)) for k, run in enumerate(RUNS)]
-    states, numbers = jax.tree.map(lambda *x: jnp.stack(x), *states), program.numbers([0, 1, 2])
-
-    def with_others(tree, change):
-        def one(x):
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                return jnp.copy(x)
-            others = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1)) != mine
-            return jnp.where(others, change(x), x)
-
-        return jax.tree.map(one, tree)
-
-    def result(change):
-        state, own = with_others(states, change), with_others(numbers, change)
-        for batch in data:
-            state, metrics = program.step(state, own, base, batch)
-        values = (state.adapters, metrics)
-        return [np.asarray(x[mine]) for x in jax.tree.leaves(values)], state
-
-    expected, state = result(lambda x: x)
-    up, down = (state.adapters[name]["kernel"] for name in ("up", "down"))
-    assert up.a.shape == (3, 4, 8)
-    assert np.asarray(up.a[0]).all()
-    for padding in (up.a[mine, 1:], up.b[mine, :, 1:], down.a[mine], down.b[mine], up.a[2, 3:]):
-        assert not np.asarray(padding).any()
-    for change in (lambda x: x * jnp.nan, lambda x: x * jnp.inf, lambda x: 1.5 * x):
-        values, state = result(change)
-        assert not state.diverged[mine]
-        for x, y in zip(values, expected, strict=True):
-            np.testing.assert_array_equal(x, y)
-    assert program.step._cache_size() == 1
-
-
+@quickly
 def test_a_run_that_diverges_is_frozen_and_the_others_go_on():
     runs, base, data = (
         [Run(), Run(3, learning_rate=1e30)],
         sweep_runs.make_base(),
         sweep_runs.batches(6),
     )
-    plan = lj.sweep.plan(runs, sweep_runs.maker(base), make_tx)
+    plan = lj.sweep.plan(runs, sweep_runs.maker(base), sgd)
     told = []
     fitted, diverged = lj.sweep.fit(
         *(loss_fn, base, plan, data),
@@ -128,6 +84,7 @@ def test_a_run_that_diverges_is_frozen_and_the_others_go_on():
     assert (runs[1], 6) not in told
 
 
+@quickly
 def test_runs_end_on_validation_and_free_their_places():
     """Halving keeps the best; places are taken again; nothing is compiled twice."""
     traces = []
@@ -138,7 +95,7 @@ def test_runs_end_on_validation_and_free_their_places():
 
     runs = [Run(learning_rate=rate) for rate in (1e-6, 1e-2, 1e-5, 3e-2, 1e-7)]
     base, data = sweep_runs.make_base(), sweep_runs.batches(9)
-    plan = lj.sweep.plan(runs, sweep_runs.maker(base), make_tx, at_once=2)
+    plan = lj.sweep.plan(runs, sweep_runs.maker(base), sgd, at_once=2)
     found = {}
     for name, given in (("same", data), ("own", lambda run: data)):
         traces.clear()
@@ -157,28 +114,29 @@ def test_runs_end_on_validation_and_free_their_places():
         assert [step for step, _ in same.history] == [step for step, _ in own.history]
         assert_trees_close(same.adapters, own.adapters, 1e-6)
     best = found["own"][3]
-    expected, alone = sweep_runs.train_alone(
-        runs[3], base, sweep_runs.maker(base)(runs[3]), data[:8]
-    )
-    np.testing.assert_allclose(sweep_runs.losses(best), alone, rtol=1e-5)
-    assert_trees_close(best.last, expected, 1e-5)
+    start = sweep_runs.maker(base)(runs[3])
+    alone = sweep_runs.train_alone(loss_fn, base, start, sgd(runs[3]), make_key(runs[3]), data[:8])
+    assert_as_alone(best, alone, 1e-5)
     validation = {step: m["validation/loss"] for step, m in best.history if "validation/loss" in m}
     assert list(validation) == [2, 4, 6, 8]
     assert best.best_metrics["loss"] == min(validation.values()) == validation[best.best_step]
-    direct = np.mean([loss_fn(best.adapters, base, batch, None) for batch in data[:2]])
+    evaluate = jax.jit(loss_fn)
+    direct = np.mean([evaluate(best.adapters, base, batch, None) for batch in data[:2]])
     assert best.best_metrics["loss"] == pytest.approx(direct, rel=1e-6)
 
 
+@quickly
 def test_patience_and_the_end_of_data():
     base, data = sweep_runs.make_base(), sweep_runs.batches(6)
     runs = [Run(learning_rate=0.0), Run(learning_rate=1e-2)]
-    plan = lj.sweep.plan(runs, sweep_runs.maker(base), make_tx)
+    plan = lj.sweep.plan(runs, sweep_runs.maker(base), sgd)
     options = {"make_key": make_key, "validation": data[:1], "evaluate_every": 1, "patience": 2}
     idle, busy = lj.sweep.fit(loss_fn, base, plan, lambda _: iter(data), steps=9, **options)
     assert (idle.stopped, idle.step, idle.best_step) == ("patience", 3, 1)
     assert (busy.stopped, busy.step) == ("data", 6)
 
 
+@quickly
 def test_stacked_adapters_of_any_rank_are_what_they_are_alone():
     base, x = sweep_runs.make_base(), sweep_runs.batches(1)[0][0]
     runs = [Run(1, 3.0), Run(4, targets="down"), Run(2, rslora=True)]
@@ -186,19 +144,25 @@ def test_stacked_adapters_of_any_rank_are_what_they_are_alone():
     stacked, scales = lj.sweep.stack(adapters)
     assert stacked["up"]["kernel"].a.shape == (3, 2, 8)  # nobody has rank 4 there
     assert stacked["down"]["kernel"].b.shape == (3, 4, 4)
-    outputs = jax.vmap(lambda a, s: sweep_runs.network(lj.combine(base, a, scales=s), x))(
-        stacked, scales
-    )
+    apply = lambda tree, s: sweep_runs.network(lj.combine(base, tree, scales=s), x)  # noqa: E731
+    outputs = np.asarray(jax.jit(jax.vmap(apply))(stacked, scales))
+
+    def dense(name, tree):
+        kernel, adapter = np.asarray(base[name]["kernel"], np.float64), tree[name]["kernel"]
+        if adapter is None:
+            return kernel
+        return kernel + adapter.scale * (np.asarray(adapter.b) @ np.asarray(adapter.a)).T
+
     for output, tree in zip(outputs, adapters, strict=True):
-        merged = lj.merge(base, tree)
-        dense = np.tanh(x @ merged["up"]["kernel"]) @ merged["down"]["kernel"]
-        np.testing.assert_allclose(output, dense, atol=1e-5)
+        expected = np.tanh(x @ dense("up", tree)) @ dense("down", tree)
+        np.testing.assert_allclose(output, expected, atol=1e-5)
     with pytest.raises(ValueError, match=r"dropout differs between the runs, 0\.\d and 0"):
         lj.sweep.stack([sweep_runs.maker(base)(Run(dropout=rate)) for rate in (0.2, 0.5)])
     with pytest.raises(ValueError, match="adapters is empty"):
         lj.sweep.stack([])
 
 
+@quickly
 def test_a_base_in_4_bits_is_decoded_once_for_all_runs():
     """Also where a weight is folded with its adapter for a run alone."""
     w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 96)), jnp.float32)
@@ -218,3 +182,52 @@ def test_a_base_in_4_bits_is_decoded_once_for_all_runs():
     assert "[96,64]" in text
     assert "[3,96,64]" not in text
     assert "[3,64,96]" not in text
+
+
+def test_whatever_the_others_hold_leaves_a_run_bit_for_bit():
+    """Law 9, in one compiled program: others as they are, NaN, infinite, of other numbers.
+
+    The optimizer adds something to every entry; the padding is zero all the same.
+    """
+    shift = optax.stateless(lambda updates, _: jax.tree.map(lambda x: x + 0.01, updates))
+    shifted = lambda run: optax.chain(sgd(run), shift)  # noqa: E731
+    base, data, mine = sweep_runs.make_base(), sweep_runs.batches(4), 1
+    plan = lj.sweep.plan(RUNS, sweep_runs.maker(base), make_tx)
+    program = Program(
+        dataclasses.replace(plan, make_tx=shifted), plan.groups[0], loss_fn, shared=True
+    )
+    states = [program.start(k, make_key(run)) for k, run in enumerate(RUNS)]
+    states = jax.jit(lambda *x: jax.tree.map(lambda *x: jnp.stack(x), *x))(*states)
+    numbers = program.numbers([0, 1, 2])
+
+    def with_others(tree, change):
+        def one(x):
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                return jnp.copy(x)
+            x = np.asarray(x)
+            changed = change(x)
+            changed[mine] = x[mine]
+            return jnp.asarray(changed)
+
+        return jax.tree.map(one, tree)
+
+    def result(change):
+        state, own = with_others(states, change), with_others(numbers, change)
+        for batch in data:
+            state, metrics = program.step(state, own, base, batch)
+        values = (state.adapters, metrics)
+        return [np.asarray(x[mine]) for x in jax.tree.leaves(values)], state
+
+    expected, state = result(np.array)
+    up, down = (state.adapters[name]["kernel"] for name in ("up", "down"))
+    assert up.a.shape == (3, 4, 8)
+    assert np.asarray(up.a[0]).all()
+    for padding in (up.a[mine, 1:], up.b[mine, :, 1:], down.a[mine], down.b[mine], up.a[2, 3:]):
+        assert not np.asarray(padding).any()
+    full = np.full_like
+    for change in (lambda x: full(x, np.nan), lambda x: full(x, np.inf), lambda x: 1.5 * x):
+        values, state = result(change)
+        assert not state.diverged[mine]
+        for x, y in zip(values, expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert program.step._cache_size() == 1

@@ -13,6 +13,8 @@ from sweep_runs import Run, make_tx
 import lora_jax as lj
 from lora_jax.sweep.places import stacked
 
+pytestmark = pytest.mark.compiled_quickly
+
 BASE = sweep_runs.make_base()
 RATES = [Run(learning_rate=rate) for rate in (1e-3, 1e-2)]
 RANKS = [Run(rank) for rank in (1, 4, 1)]
@@ -127,6 +129,10 @@ BAD = {
     ),
     "no config": (lambda: planned([{"rank": 1}]), "runs holds {'rank': 1}, expected configs"),
     "unhashable": (lambda: planned([Run(targets=["up"])]), "run 0 cannot be hashed"),
+    "adapters of other models": (
+        lambda: planned(adapters=lambda run: {str(run.learning_rate): make_adapters(run)}),
+        "the runs' adapters differ in structure; expected those that init_adapters made",
+    ),
     "rank above the matrix": (lambda: planned([Run(2), Run(5)]), "run 1, Run(rank=5"),
     "nothing to train": (
         lambda: planned(adapters=lambda run: lj.init_adapters(jax.random.key(0), BASE, [])),

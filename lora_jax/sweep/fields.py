@@ -61,9 +61,12 @@ def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def with_fields(config: R, values: Mapping[str, Any]) -> R:
     """The config with other values, which are not checked: they may be traced."""
+    by_field: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        field, _, rest = name.partition(".")
+        by_field.setdefault(field, {})[rest] = value
     changed = copy.copy(config)
-    for name in {name.partition(".")[0] for name in values}:
-        within = {k.partition(".")[2]: v for k, v in values.items() if k.partition(".")[0] == name}
+    for name, within in by_field.items():
         value = within[""] if "" in within else with_fields(getattr(config, name), within)
         # Neither __init__ nor __post_init__ may run: they look at values, as a trace cannot.
         object.__setattr__(changed, name, value)

@@ -97,7 +97,7 @@ def fit(
       accumulate: in how many parts a batch is run, as for `lj.train.fit`.
       transform: from a key and a batch to the batch that is trained on.
       validation: batches on which `loss_fn` is evaluated, with None for a key. Metrics are averaged
-        by "weight" if the loss gives one.
+        by "weight" if the loss gives one; the counts "weight" and "tokens" are summed.
       evaluate_every: steps between evaluations; None for one at the end alone.
       patience: a run ends after this many evaluations in a row without a lower loss.
       halving: when the worst of all runs end.
@@ -109,7 +109,7 @@ def fit(
 
     Raises:
       ValueError: before anything is compiled, if options contradict each other, or there is only
-        one pass through batches that several rounds need.
+        one pass through batches that are needed again; later, if two runs' batches differ in shape.
     """
     _check(steps, validation, evaluate_every, patience, halving)
     stages = [*(halving.at if halving else ()), steps]
@@ -125,12 +125,13 @@ def fit(
     for until in stages:
         for program in programs:
             waiting = [entries[k] for k in program.group.runs if entries[k].stopped is None]
-            Round(program, base, batches, make_key, evaluation, until).run(waiting)
+            Round(
+                *(program, base, batches, make_key, evaluation),
+                until=until,
+                is_last=until == steps,
+            ).run(waiting)
         if halving is not None and until < steps:
             _halve([entry for entry in entries if entry.stopped is None], halving.keep)
-    for entry in entries:
-        if entry.step == steps and entry.stopped != "diverged":
-            entry.stopped = "done"
     return [_fitted(entry, plan) for entry in entries]
 
 
@@ -146,7 +147,7 @@ def _check(
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
         if name != "steps" and value is not None and not validation:
-            raise ValueError(f"{name} is {value}, but there are no validation batches")
+            raise ValueError(f"{name} is {value}, but there are no validation batches; give some")
     if halving is not None and halving.at[-1] >= steps:
         raise ValueError(f"halving is at step {halving.at[-1]}, expected one before steps={steps}")
 
@@ -157,8 +158,8 @@ def _check_passes(plan: Plan, batches: Batches, stages: list[int]) -> None:
     rounds = sum(math.ceil(len(x.runs) / x.at_once) for x in plan.groups)
     if rounds > 1 or len(stages) > 1:
         raise ValueError(
-            "batches is an iterator, which can be gone through once, and the runs need them "
-            f"{max(rounds, len(stages))} times; give a list, or another iterable that begins anew"
+            "batches is an iterator, which can be gone through once, and the runs need them more "
+            "often; give a list, or another iterable that begins anew"
         )
 
 

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.sweep.program import Program, put, take
+from lora_jax.sweep.program import Program, put, spread, take
 from lora_jax.train import State
+from lora_jax.train.step import COUNTS
 
 Stopped = Literal["done", "diverged", "patience", "halved", "data"]
 Metrics = dict[str, float]
@@ -38,7 +39,7 @@ class Entry:
       number: its number in the plan.
       run: its config.
       tell: called with the run, a step and its numbers.
-      step: steps dispatched.
+      step: steps that were begun; of a run that diverged, those before it did.
       stopped: why it ended, or None.
       history: as in `Fitted`.
       state: where it waits between two stages, on the host; else None.
@@ -82,17 +83,24 @@ class Evaluation(NamedTuple):
         at_interval = self.every is not None and entry.step % self.every == 0
         return bool(self.batches) and (at_interval or entry.step == until)
 
-    def metrics(self, program: Program, lanes: Any, numbers: Any, base: Any) -> dict[str, Any]:
-        """Means over the batches, each `[N]`."""
-        rows = [program.evaluate(lanes, numbers, base, batch) for batch in self.batches]
+    def metrics(self, program: Program, states: Any, numbers: Any, base: Any) -> dict[str, Any]:
+        """Means over the batches, and sums of counts, each `[N]`."""
+        rows = [program.evaluate(states, numbers, base, batch) for batch in self.batches]
         stacked = {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}
         weight = np.asarray(stacked.get("weight", np.ones_like(stacked["loss"])), np.float64)
-        total = np.where(weight.sum(0) == 0, 1, weight.sum(0))
-        return {name: (weight * value).sum(0) / total for name, value in stacked.items()}
+        total = np.where(weight.sum(0) == 0, np.nan, weight.sum(0))  # of nothing there is no mean
+        return {
+            name: value.sum(0) if name in COUNTS else (weight * value).sum(0) / total
+            for name, value in stacked.items()
+        }
 
 
 class Round:
-    """Runs of one program, brought to one step."""
+    """Runs of one program, brought to one step: `until`, at which they are done if it is the last.
+
+    Invariant: the runs in places are evaluated together, for they enter at the same step, and with
+    batches of their own only when the round has gone on for a multiple of `evaluation.every`.
+    """
 
     def __init__(
         self,
@@ -101,12 +109,14 @@ class Round:
         batches: Batches,
         make_key: Callable[[Any], jax.Array],
         evaluation: Evaluation,
+        *,
         until: int,
+        is_last: bool,
     ):
         self.program, self.base, self.batches, self.make_key = program, base, batches, make_key
-        self.evaluation, self.until = evaluation, until
+        self.evaluation, self.until, self.is_last = evaluation, until, is_last
         self.places: list[Entry | None] = [None] * program.group.at_once
-        self.lanes: Any = None  # the states [N, ...]
+        self.states: Any = None  # [N, ...]
         self.numbers: Any = None
         self.stream: Iterator[Any] = iter(())  # of the batches that all see
         self.pending: collections.deque = collections.deque()  # steps that were not told of yet
@@ -119,57 +129,51 @@ class Round:
     def run(self, waiting: Iterable[Entry]) -> None:
         """Trains all that wait."""
         queue = collections.deque(waiting)
-        # All places are then at multiples of the interval together, so that one evaluation serves
-        # them all.
         interval = self.evaluation.every or 1
         for clock in itertools.count():
-            begins = clock % interval == 0 if callable(self.batches) else not self.taken
-            if queue and begins and None in self.places:
-                self._fill(queue)
-            if not self.taken and not queue:
+            if not queue and not self.taken:
                 return
-            if not self.taken:
-                continue
+            may_enter = clock % interval == 0 if callable(self.batches) else not self.taken
+            if queue and may_enter and None in self.places:
+                self._fill(queue)
             batch = self._draw()
-            if not self.taken:
-                continue
-            self.lanes, metrics = self.program.step(self.lanes, self.numbers, self.base, batch)
-            for _, entry in self.taken:
-                entry.step += 1
-            self.pending.append((metrics, [(k, x, x.step) for k, x in self.taken]))
-            # The step before this one is told of while this one is under way.
-            self._report(but=1)
-            if any(self._is_due(entry) for _, entry in self.taken):
-                self._report()
-                self._evaluate()
-                for place, entry in self.taken:
-                    if entry.stopped or entry.step == self.until:
-                        self._leave(place, entry)
+            if self.taken:
+                self._step(batch)
 
-    def _is_due(self, entry: Entry) -> bool:
-        return entry.step == self.until or self.evaluation.is_due(entry, self.until)
+    def _step(self, batch: Any) -> None:
+        self.states, metrics = self.program.step(self.states, self.numbers, self.base, batch)
+        for _, entry in self.taken:
+            entry.step += 1
+        self.pending.append((metrics, [(k, x, x.step) for k, x in self.taken]))
+        # The step before this one is told of while this one is under way.
+        self._report(but=1)
+        arrived = [x for _, x in self.taken if x.step == self.until]
+        if arrived or any(self.evaluation.is_due(x, self.until) for _, x in self.taken):
+            self._report()
+            self._evaluate()
+            for place, entry in self.taken:
+                if entry.step == self.until and self.is_last:
+                    entry.stopped = "done"
+                if entry.step == self.until or entry.stopped:
+                    self._leave(place, entry)
 
     def _fill(self, queue: collections.deque[Entry]) -> None:
-        new = []
+        entering: dict[int, Entry] = {}
         for place, entry in enumerate(self.places):
             if entry is None and queue:
-                self.places[place] = queue.popleft()
-                new.append(place)
+                self.places[place] = entering[place] = queue.popleft()
         if not callable(self.batches):
             (step,) = {entry.step for _, entry in self.taken}
             self.stream = itertools.islice(self.batches, step, None)
-        states = {place: self._state(self.places[place]) for place in new}
-        if self.lanes is None:
-            first = states[new[0]]
-            places = (states.get(place, first) for place in range(len(self.places)))
-            self.lanes = jax.tree.map(lambda *x: jnp.stack(x), *places)
-        else:
-            for place, state in states.items():
-                self.lanes = put(self.lanes, place, state)
+        states = {place: self._state_of(entry) for place, entry in entering.items()}
+        if self.states is None:
+            self.states = spread(next(iter(states.values())), len(self.places))
+        for place, state in states.items():
+            self.states = put(self.states, place, state)
         anyone = self.taken[0][1]
         self.numbers = self.program.numbers([(entry or anyone).number for entry in self.places])
 
-    def _state(self, entry: Any) -> State:
+    def _state_of(self, entry: Entry) -> State:
         if entry.state is None:
             return self.program.start(entry.number, self.make_key(entry.run))
         state, entry.state = entry.state, None
@@ -222,13 +226,13 @@ class Round:
         due = [(k, x) for k, x in self.taken if self.evaluation.is_due(x, self.until)]
         if not due:
             return
-        values = self.evaluation.metrics(self.program, self.lanes, self.numbers, self.base)
+        values = self.evaluation.metrics(self.program, self.states, self.numbers, self.base)
         for place, entry in due:
             metrics = {name: float(x[place]) for name, x in values.items()}
             entry.note(entry.step, {f"validation/{name}": x for name, x in metrics.items()})
             entry.validation_loss = metrics["loss"] if math.isfinite(metrics["loss"]) else math.inf
             if metrics["loss"] < entry.best_metrics.get("loss", math.inf):
-                entry.best = take(self.lanes.adapters, place)
+                entry.best = take(self.states.adapters, place)
                 entry.best_step, entry.best_metrics, entry.waited = entry.step, metrics, 0
             else:
                 entry.waited += 1
@@ -237,7 +241,7 @@ class Round:
 
     def _leave(self, place: int, entry: Entry, keep: bool = True) -> None:
         """Frees a place."""
-        state = take(self.lanes, place)
+        state = take(self.states, place)
         self.places[place] = None
         if keep:
             entry.last = state.last_good if entry.stopped == "diverged" else state.adapters
@@ -254,7 +258,7 @@ def stacked(batches: list[Any]) -> Any:
         if len(shapes) > 1:
             raise ValueError(
                 f"the runs' batches have arrays of shapes {', '.join(map(str, sorted(shapes)))}; "
-                "expected the same from all runs of a program"
+                "expected the same from all runs of a program; pad them"
             )
         return np.stack(arrays) if isinstance(arrays[0], np.ndarray) else jnp.stack(arrays)
 

@@ -1,8 +1,10 @@
 """Which runs share a program: everything about a sweep that is known before it is compiled.
 
+Runs are parted from left to right, and those that are still together then are a group:
+
 runs ──► the same leaves trained whole ──► the same optimizer but for its numbers ──► a group
-                                                         └─ where padding would change it: and
-                                                            the same ranks
+                                               └─ and the same ranks, where padding
+                                                  would change what it does
 """
 
 from __future__ import annotations
@@ -190,14 +192,14 @@ def _of_one_optimizer(
     like = stack.union([own[k] for k in alike])
     known: dict[Any, str] = {}  # by the other fields: one trace for all runs that share them
 
-    def program(k: int) -> str:
+    def update_program(k: int) -> str:
         others = tuple((x, y) for x, y in fields_of(runs[k]).items() if x not in traced)
         if others not in known:
             known[others] = _update_program(runs[k], like, make_tx, traced)
         return known[others]
 
     parts = []
-    for part in _parted(alike, program):
+    for part in _parted(alike, update_program):
         shapes = {k: stack.shapes(own[k]) for k in part}
         smallest = min(part, key=lambda k: sum(x.size for x in jax.tree.leaves(own[k])))
         padded = stack.union([own[k] for k in part])
@@ -261,15 +263,15 @@ def _padding_matters(tx: optax.GradientTransformation, own: Any, like: Any) -> b
             params = optax.apply_updates(params, updates)
         return stack.cut(jax.tree.map(jnp.subtract, params, start), own)
 
-    def both(params: Any, grads: list[Any]) -> tuple[Any, Any]:
+    def differs(alone: jax.Array, padded: jax.Array) -> jax.Array:
+        return jnp.abs(alone - padded).max() > TOLERANCE * jnp.abs(alone).max()
+
+    @jax.jit
+    def compared(params: Any, grads: list[Any]) -> Any:
         alone = moves(params, grads, lambda x: x)
-        return alone, moves(params, grads, lambda x: stack.pad(x, like))
+        return jax.tree.map(differs, alone, moves(params, grads, lambda x: stack.pad(x, like)))
 
-    def differs(alone: jax.Array, padded: jax.Array) -> bool:
-        return bool(jnp.abs(alone - padded).max() > TOLERANCE * jnp.abs(alone).max())
-
-    alone, padded = jax.jit(both)(drawn(), [drawn() for _ in range(PROBES)])
-    return any(jax.tree.leaves(jax.tree.map(differs, alone, padded)))
+    return any(jax.tree.leaves(compared(drawn(), [drawn() for _ in range(PROBES)])))
 
 
 def _run_bytes(like: Any, make_tx: Any, run: Any) -> int:
@@ -280,12 +282,13 @@ def _run_bytes(like: Any, make_tx: Any, run: Any) -> int:
 
 def _at_once(runs: int, size: int, wanted: int | None, memory: int | None) -> int:
     """How many runs a program trains side by side; evenly, where it is run several times."""
-    fitting = runs if memory is None else memory // size
-    if fitting < 1 or (wanted is not None and min(wanted, runs) > fitting):
+    fitting = runs if memory is None else min(runs, memory // size)
+    least = min(runs, wanted or 1)
+    if least > fitting:
         raise ValueError(
-            f"{min(wanted or 1, runs)} runs at once need {min(wanted or 1, runs) * size:,} bytes "
-            f"for adapters and optimizer, and there are {memory:,}; "
+            f"{least} runs at once need {least * size:,} bytes for adapters and optimizer, and "
+            f"there are {memory:,}; "
             + (f"write at_once={fitting}" if fitting else "write a smaller rank, or fewer targets")
         )
-    most = min(runs, fitting if wanted is None else wanted)
+    most = fitting if wanted is None else least
     return math.ceil(runs / math.ceil(runs / most))

@@ -26,12 +26,12 @@ from lora_jax.sweep.plan import Group, Plan
 from lora_jax.train import LossFn, State, Transform, init_state, train_step
 
 
-class Numbers(NamedTuple):
+class RunNumbers(NamedTuple):
     """What differs by a number between runs.
 
     Attributes:
       fields: of the configs, by name.
-      adapters: a tree of `stack.Numbers`.
+      adapters: a tree of `stack.LeafNumbers`.
     """
 
     fields: dict[str, Any]
@@ -55,20 +55,20 @@ class Program:
         drops = any(x.drops for k in group.runs for x in stack.adapters_in(plan.own[k]))
         example = plan.runs[group.runs[0]]
 
-        def optimizer(numbers: Numbers) -> optax.GradientTransformation:
+        def optimizer(numbers: RunNumbers) -> optax.GradientTransformation:
             tx = plan.make_tx(with_fields(example, numbers.fields))
             # Zeros stay zeros without it, unless an optimizer adds noise of its own.
             mask = lambda updates, _: stack.without_padding(updates, numbers.adapters)  # noqa: E731
             return optax.chain(tx, optax.stateless(mask))
 
-        def loss_of_run(numbers: Numbers) -> LossFn:
+        def loss_of_run(numbers: RunNumbers) -> LossFn:
             def loss(adapters: Any, base: Any, batch: Any, key: Any) -> Any:
                 own = stack.of_run(adapters, numbers.adapters, drops=drops)
                 return loss_fn(own, base, batch, key)
 
             return loss
 
-        def step(state: State, numbers: Numbers, base: Any, batch: Any) -> tuple[State, dict]:
+        def step(state: State, numbers: RunNumbers, base: Any, batch: Any) -> tuple[State, dict]:
             return train_step(
                 *(state, base, batch),
                 loss_fn=loss_of_run(numbers),
@@ -77,12 +77,12 @@ class Program:
                 transform=transform,
             )
 
-        def evaluate(state: State, numbers: Numbers, base: Any, batch: Any) -> dict:
+        def evaluate(state: State, numbers: RunNumbers, base: Any, batch: Any) -> dict:
             result = loss_of_run(numbers)(state.adapters, base, batch, None)
             loss, metrics = result if isinstance(result, tuple) else (result, {})
             return {**metrics, "loss": loss}
 
-        def start(key: jax.Array, adapters: Any, numbers: Numbers) -> State:
+        def start(key: jax.Array, adapters: Any, numbers: RunNumbers) -> State:
             return init_state(key, stack.pad(adapters, group.like), optimizer(numbers))
 
         batches = None if shared else 0
@@ -95,19 +95,26 @@ class Program:
         adapters = self.plan.make_adapters(self.plan.runs[run])
         return self._start(key, adapters, self._numbers(run))
 
-    def numbers(self, runs: Sequence[int]) -> Numbers:
+    def numbers(self, runs: Sequence[int]) -> RunNumbers:
         """Those of the runs in all places, each `[N]`."""
-        # Of Python numbers, hence weakly typed: bfloat16 stays what it is, as for a run alone.
-        fields, adapters = zip(*map(self._numbers, runs), strict=True)
-        weak = lambda *values: jnp.stack([jnp.asarray(x) for x in values])  # noqa: E731
-        return Numbers(
-            jax.tree.map(weak, *fields), jax.tree.map(lambda *x: jnp.asarray(x), *adapters)
-        )
+        return _stacked([self._numbers(run) for run in runs])
 
-    def _numbers(self, run: int) -> Numbers:
+    def _numbers(self, run: int) -> RunNumbers:
         values = fields_of(self.plan.runs[run])
         fields = {name: values[name] for name in self.plan.traced}
-        return Numbers(fields, stack.numbers_of(self.plan.own[run], self.group.like))
+        return RunNumbers(fields, stack.numbers_of(self.plan.own[run], self.group.like))
+
+
+@jax.jit
+def _stacked(trees: Sequence[Any]) -> Any:
+    # Of Python numbers, hence weakly typed: bfloat16 stays what it is, as for a run alone.
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def spread(tree: Any, places: int) -> Any:
+    """One run's tree as `[N, ...]`, the same in all places."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (places, *x.shape)), tree)
 
 
 @jax.jit

@@ -24,8 +24,8 @@ from lora_jax.core.leaves import Adapter, RunAdapter
 from lora_jax.core.rules import path_string
 
 
-class Numbers(NamedTuple):
-    """What differs by a number between the adapters of one leaf.
+class LeafNumbers(NamedTuple):
+    """What differs by a number between the runs' adapters of one leaf.
 
     Attributes:
       scale: alpha / r or alpha / sqrt(r), of the run's own rank.
@@ -71,7 +71,7 @@ def stack(adapters: Sequence[Any]) -> tuple[Any, Any]:
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *padded)
     stacked = map_adapters(lambda x: dataclasses.replace(x, dropout=dropout), stacked)
 
-    def scales_of(leaf: Any, *own: Numbers) -> Any:
+    def scales_of(leaf: Any, *own: LeafNumbers) -> Any:
         return jnp.asarray([x.scale for x in own]) if isinstance(leaf, Adapter) else None
 
     return stacked, jax.tree.map(scales_of, like, *numbers, is_leaf=_is_place)
@@ -84,6 +84,12 @@ def union(adapters: Sequence[Any]) -> Any:
       ValueError: if a leaf is trained whole by some runs and not by others, or the trees are not
         for one base.
     """
+    structures = [jax.tree.structure(tree, is_leaf=_is_place) for tree in adapters]
+    if structures.count(structures[0]) < len(structures):
+        raise ValueError(
+            "the runs' adapters differ in structure; expected those that init_adapters made for "
+            "one base"
+        )
 
     def one(path: tuple, *leaves: Any) -> Any:
         present = [x for x in leaves if x is not None]
@@ -101,16 +107,11 @@ def union(adapters: Sequence[Any]) -> Any:
         largest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), largest)
         return largest if whole else dataclasses.replace(largest, scale=1.0, dropout=0.0)
 
-    try:
-        return jax.tree_util.tree_map_with_path(one, *adapters, is_leaf=_is_place)
-    except (ValueError, TypeError) as error:
-        if "the runs' adapters" in str(error):
-            raise
-        raise ValueError(f"the runs' adapters are not for one base: {error}") from None
+    return jax.tree_util.tree_map_with_path(one, *adapters, is_leaf=_is_place)
 
 
 def whole_leaves(adapters: Any) -> Any:
-    """What `union` cannot bring together: the leaves trained whole, and the adapters' dtypes."""
+    """What `union` cannot bring together: paths of leaves trained whole, dtypes of adapters."""
     flat, _ = jax.tree_util.tree_flatten_with_path(adapters, is_leaf=_is_place)
     whole = (path_string(path) for path, x in flat if not (x is None or isinstance(x, Adapter)))
     return tuple(whole), frozenset((str(x.a.dtype), str(x.b.dtype)) for x in adapters_in(adapters))
@@ -157,14 +158,14 @@ def cut(adapters: Any, own: Any) -> Any:
 
 
 def numbers_of(adapters: Any, like: Any) -> Any:
-    """A tree of `Numbers`, one for each adapter of `like`, None elsewhere."""
+    """A tree of `LeafNumbers`, one for each adapter of `like`, None elsewhere."""
 
     def one(like: Any, leaf: Any) -> Any:
         if not isinstance(like, Adapter):
             return None
-        return (
-            Numbers(0.0, 0.0, 0) if leaf is None else Numbers(leaf.scale, leaf.dropout, leaf.rank)
-        )
+        if leaf is None:
+            return LeafNumbers(scale=0.0, dropout=0.0, rank=0)
+        return LeafNumbers(leaf.scale, leaf.dropout, leaf.rank)
 
     return jax.tree.map(one, like, adapters, is_leaf=_is_place)
 
@@ -175,7 +176,7 @@ def numbers_of(adapters: Any, like: Any) -> Any:
 def of_run(adapters: Any, numbers: Any, *, drops: bool) -> Any:
     """The adapters as a loss sees them: with the run's own scale, and dropout if `drops`."""
 
-    def one(adapter: Adapter, own: Numbers) -> RunAdapter:
+    def one(adapter: Adapter, own: LeafNumbers) -> RunAdapter:
         scale, dropout = (jnp.broadcast_to(x, adapter.batch_shape) for x in own[:2])
         return RunAdapter(adapter.a, adapter.b, scale, dropout if drops else None, adapter.layout)
 
@@ -185,7 +186,7 @@ def of_run(adapters: Any, numbers: Any, *, drops: bool) -> Any:
 def without_padding(tree: Any, numbers: Any) -> Any:
     """A tree like adapters, such as updates, with zeros beyond the run's own rank."""
 
-    def one(adapter: Adapter, own: Numbers) -> Adapter:
+    def one(adapter: Adapter, own: LeafNumbers) -> Adapter:
         is_own = jnp.arange(adapter.rank) < own.rank
         a = jnp.where(is_own[:, None], adapter.a, 0)
         return dataclasses.replace(adapter, a=a, b=jnp.where(is_own, adapter.b, 0))
