@@ -28,11 +28,11 @@ _PRODUCTS = ("gate", "up", "routed", "update")
 
 
 NAMED: dict[str, tuple[str, ...]] = {
-    "layer-offloaded": (),
     "layer": (),
     "stream": ("stream",),
     "attention": ("stream", *_ATTENTION),
     "products": ("stream", *_ATTENTION, *_PRODUCTS),
+    "layer-offloaded": (),
 }
 # What `DecoderConfig.remat` may name.
 POLICIES = (
