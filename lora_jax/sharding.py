@@ -106,7 +106,7 @@ def offload(base: Any, pattern: str | Sequence[str], *, keep: int = 0) -> Any:
     device when the function begins.
 
     Args:
-      base: the frozen tree, also an abstract one.
+      base: the frozen tree, also an abstract one; on a mesh it is sharded before.
       pattern: regular expression searched in each leaf's path (or several of them).
       keep: how many of a stack's first layers stay on the device, of the 4-bit leaves that match.
 

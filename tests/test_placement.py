@@ -92,6 +92,15 @@ def test_a_dense_weight_may_wait_there_too():
     np.testing.assert_array_equal(got, fn(lj.combine(w, adapters), jnp.ones((2, 8))))
 
 
+def test_merging_takes_weights_from_there(trees):
+    base, adapters = trees
+    for keep in (0, 2):
+        placed = lj.offload(lj.offload(base, "layers/(in|out)", keep=keep), "bias")
+        merged = lj.merge(placed, adapters)
+        assert memories(merged) == {jax.memory.Space.Device}
+        jax.tree.map(np.testing.assert_array_equal, merged, lj.merge(base, adapters))
+
+
 def test_an_embedding_is_looked_up_from_there():
     rows = {"rows": jax.random.normal(jax.random.key(0), (16, 32))}
     base = lj.quantize(rows, "rows", block_size=32, layout="o i")

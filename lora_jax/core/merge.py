@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.leaves import AdaptedArray, QuantizedArray, from_matrix, is_array
+from lora_jax.core.placement import on_device
 from lora_jax.core.quantize import dequantize
 from lora_jax.core.tree import combine, map_leaves
 
@@ -33,6 +34,7 @@ def merged(leaf: Any, dtype: Any = None) -> Any:
         return dense(leaf, dtype)
     if isinstance(leaf, QuantizedArray):
         return dequantize(leaf, dtype)
+    leaf = on_device(leaf)
     if dtype is not None and is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.asarray(leaf, dtype)
     return leaf
@@ -70,7 +72,11 @@ def dense(leaf: AdaptedArray, dtype: Any = None) -> jax.Array:
     if leaf.is_replaced:
         return leaf.adapter.astype(dtype)
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    base = dequantize(leaf.base, wide) if isinstance(leaf.base, QuantizedArray) else leaf.base
+    base = (
+        dequantize(leaf.base, wide)
+        if isinstance(leaf.base, QuantizedArray)
+        else on_device(leaf.base)
+    )
     adapter = leaf.adapter
     update = jnp.matmul(adapter.b.astype(wide), adapter.a.astype(wide), precision="highest")
     update = update * adapter.scale  # [b..., out, in]

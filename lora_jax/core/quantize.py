@@ -25,6 +25,7 @@ from lora_jax.core.leaves import (
     split_axes,
     to_matrix,
 )
+from lora_jax.core.placement import joined
 from lora_jax.kernels import decode_parameter, xla
 
 LARGEST = 1e37  # beyond it the mean of the scales, which double quantization takes, may overflow
@@ -144,7 +145,7 @@ def dequantize(q: QuantizedArray, dtype: Any = None) -> jax.Array:
     """
     if not isinstance(q, QuantizedArray):
         raise TypeError(f"expected a QuantizedArray, got {type(q).__name__}")
-    return decode_parameter(q).astype(dtype or q.dtype)
+    return decode_parameter(joined(q)).astype(dtype or q.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "block_size", "layout"))
