@@ -16,6 +16,7 @@ from typing import Any
 
 LONGEST = 2**24  # bytes of JSON; the largest heads and indices of models that there are have 9 MB
 MOST = 500_000  # objects and lists in it; a head has three for a tensor
+MOST_VALUES = 1_500_000  # commas, really; a head has seven for a tensor
 DEEPEST = 64  # lists within lists: all that walks through a value does so recursively
 _LONGEST_NAME = 512  # characters
 _MOST_PACKED = 200  # times smaller than what it unpacks to; text hardly comes to 20
@@ -127,6 +128,8 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
         raise _too_large(where, f"{len(content):,} bytes", LONGEST)
     if (number := content.count(b"{") + content.count(b"[")) > MOST:
         raise _too_large(where, f"{number:,} lists and objects", MOST)
+    if (number := content.count(b",")) > MOST_VALUES:
+        raise _too_large(where, f"{number:,} values", MOST_VALUES)
     try:
         value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:

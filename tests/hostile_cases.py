@@ -163,6 +163,11 @@ case(
 case(
     "safetensors: 3 million numbers",
     stored(with_length(b'{"a":[' + b"0.5," * 3_000_000 + b"0]}", b"")),
+    "has 3,000,000 values, expected at most 1,500,000",
+)
+case(
+    "safetensors: 1.5 million numbers",
+    stored(with_length(b'{"a":[' + b"0.5," * 1_500_000 + b"0]}", b"")),
     "a is [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, ...], expected a dtype",
 )
 case(
