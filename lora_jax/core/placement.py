@@ -86,7 +86,10 @@ def bounds(tree: Any) -> set[int]:
 
 def cut(tree: T, start: int, stop: int) -> T:
     """Every array of a tree between two bounds of its leading axis."""
-    one = lambda x: (x.cut if _is_stack(x) else functools.partial(_cut, x))(start, stop)  # noqa: E731
+
+    def one(x: Any) -> jax.Array:
+        return x.cut(start, stop) if _is_stack(x) else _cut(x, start, stop)
+
     return jax.tree.map(one, tree, is_leaf=_is_stack)
 
 
