@@ -6,8 +6,9 @@ anyway, so the update is added while it is decoded, in float32 and before the on
 costs 2·r operations a weight and moves nothing more. Gradients of A and B stay factored, so that
 there are 4·T·in·out operations, as without folding, and not the 6·T·in·out of a dense sum.
 
-On an H200 folding takes 0.6 ps an element of W, and passing over an element of y or dx 0.9 ps. So
-it pays from some in·out / (in + out) rows on: 3,185 of Llama 3 8B's gate, 5,970 of Llama 65B's.
+On an H200 folding takes 0.6 ps an element of W; to read and write one of y or dx takes 0.9 ps at
+the speed of its memory. So it pays from some in·out / (in + out) rows on: 3,185 of Llama 3 8B's
+gate, 5,970 of Llama 65B's.
 
 Shapes: T rows of activations, r rank.
 """

@@ -25,8 +25,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 _ATTENTION = ("queries", "keys", "values", "attended", "heads")
 _PRODUCTS = ("gate", "up", "routed", "update")
-
-
 NAMED: dict[str, tuple[str, ...]] = {
     "layer": (),
     "stream": ("stream",),
