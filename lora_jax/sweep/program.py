@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from lora_jax.sweep import stack
+from lora_jax.sweep import padding
 from lora_jax.sweep.fields import fields_of, with_fields
-from lora_jax.sweep.plan import Group, Plan
+from lora_jax.sweep.groups import Group, Plan
 from lora_jax.train import LossFn, State, Transform, init_state, train_step
 
 
@@ -31,7 +31,7 @@ class RunNumbers(NamedTuple):
 
     Attributes:
       fields: of the configs, by name.
-      adapters: a tree of `stack.LeafNumbers`.
+      adapters: a tree of `padding.LeafNumbers`.
     """
 
     fields: dict[str, Any]
@@ -52,18 +52,18 @@ class Program:
         transform: Transform | None = None,
     ):
         self.plan, self.group = plan, group
-        drops = any(x.drops for k in group.runs for x in stack.adapters_in(plan.own[k]))
+        drops = any(x.drops for k in group.runs for x in padding.adapters_in(plan.own[k]))
         example = plan.runs[group.runs[0]]
 
         def optimizer(numbers: RunNumbers) -> optax.GradientTransformation:
             tx = plan.make_tx(with_fields(example, numbers.fields))
             # Zeros stay zeros without it, unless an optimizer adds noise of its own.
-            mask = lambda updates, _: stack.without_padding(updates, numbers.adapters)  # noqa: E731
+            mask = lambda updates, _: padding.without_padding(updates, numbers.adapters)  # noqa: E731
             return optax.chain(tx, optax.stateless(mask))
 
         def loss_of_run(numbers: RunNumbers) -> LossFn:
             def loss(adapters: Any, base: Any, batch: Any, key: Any) -> Any:
-                own = stack.of_run(adapters, numbers.adapters, drops=drops)
+                own = padding.of_run(adapters, numbers.adapters, drops=drops)
                 return loss_fn(own, base, batch, key)
 
             return loss
@@ -83,7 +83,7 @@ class Program:
             return {**metrics, "loss": loss}
 
         def start(key: jax.Array, adapters: Any, numbers: RunNumbers) -> State:
-            return init_state(key, stack.pad(adapters, group.like), optimizer(numbers))
+            return init_state(key, padding.pad(adapters, group.like), optimizer(numbers))
 
         batches = None if shared else 0
         self.step = jax.jit(jax.vmap(step, (0, 0, None, batches)), donate_argnums=0)
@@ -102,7 +102,7 @@ class Program:
     def _numbers(self, run: int) -> RunNumbers:
         values = fields_of(self.plan.runs[run])
         fields = {name: values[name] for name in self.plan.traced}
-        return RunNumbers(fields, stack.numbers_of(self.plan.own[run], self.group.like))
+        return RunNumbers(fields, padding.numbers_of(self.plan.own[run], self.group.like))
 
 
 @jax.jit

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.sweep import stack
+from lora_jax.sweep import padding
 from lora_jax.sweep.places import Batches, Entry, Evaluation, Metrics, Round, Stopped
-from lora_jax.sweep.plan import Plan
+from lora_jax.sweep.groups import Plan
 from lora_jax.sweep.program import Program
 from lora_jax.train import LossFn, Transform
 
@@ -173,7 +173,7 @@ def _halve(entries: list[Entry], keep: float) -> None:
 def _fitted(entry: Entry, plan: Plan) -> Fitted:
     assert entry.stopped is not None
     own = plan.own[entry.number]
-    last, best = (None if x is None else stack.cut(x, own) for x in (entry.last, entry.best))
+    last, best = (None if x is None else padding.cut(x, own) for x in (entry.last, entry.best))
     return Fitted(
         run=entry.run,
         adapters=last if best is None else best,
