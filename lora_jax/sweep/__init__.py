@@ -27,13 +27,15 @@ does not depend on those beside it, and equals the same run alone.
 """
 
 from lora_jax.sweep.fields import grid
-from lora_jax.sweep.stages import Fitted, Halving, fit
-from lora_jax.sweep.places import Batches, Stopped
 from lora_jax.sweep.groups import Group, Plan, plan
 from lora_jax.sweep.padding import stack
+from lora_jax.sweep.places import Batches, Stopped
+from lora_jax.sweep.stages import Fitted, Halving, fit
+from lora_jax.sweep.work import Executor
 
 __all__ = [
     "Batches",
+    "Executor",
     "Fitted",
     "Group",
     "Halving",
