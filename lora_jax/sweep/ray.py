@@ -1,6 +1,6 @@
 """Groups of a sweep as tasks of Ray: on all machines of a cluster, and again if a worker dies.
 
-    executor = lora_jax.sweep.ray.ray_executor(num_gpus=1)
+    executor = lj.sweep.ray_executor(num_gpus=1)
     fitted = lj.sweep.fit(..., folder="/shared/sweep", save_every=50, executor=executor)
 
 `pip install "lora-jax[ray]"`; scheduling, transport and retries are Ray's (https://docs.ray.io).
@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -40,7 +41,10 @@ class RayExecutor:
         """The results, in the order of the tasks, which begin at once."""
         ray = _imported()
         if not ray.is_initialized():
-            ray.init()
+            with warnings.catch_warnings():
+                # Of JAX, about a fork; what Ray forks becomes another program at once.
+                warnings.filterwarnings("ignore", r"os.fork\(\) was called", RuntimeWarning)
+                ray.init()
         # An array as NumPy's lies in the object store once, for all workers of a machine to read.
         kind = type(jnp.zeros(()))
         ray.util.register_serializer(kind, serializer=np.asarray, deserializer=jnp.asarray)

@@ -4,13 +4,17 @@ import os
 import signal
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+import ray
 import sweep_resume_check
 from sweep_resume_check import batches_of, outcome, sweep
 
-import lora_jax.sweep.ray
+import lora_jax as lj
 
-ray = pytest.importorskip("ray")
+# JAX warns of every fork; what Ray forks becomes another program at once.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os.fork\(\) was called:RuntimeWarning")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +57,7 @@ def test_a_group_whose_worker_is_killed_goes_on_from_its_last_save(tmp_path):
     def deadly(run):
         return Deadly(batches(run).data, tmp_path)
 
-    executor = lora_jax.sweep.ray.ray_executor(retries=1)
+    executor = lj.sweep.ray_executor(retries=1)
     found = sweep(deadly, folder=tmp_path / "sweep", save_every=3, executor=executor)
     assert outcome(found) == outcome(expected)
     assert (tmp_path / "killed").exists()
@@ -63,6 +67,18 @@ def test_a_group_whose_worker_is_killed_goes_on_from_its_last_save(tmp_path):
 
 
 def test_a_folder_is_asked_for():
-    executor = lora_jax.sweep.ray.ray_executor()
+    executor = lj.sweep.ray_executor()
     with pytest.raises(ValueError, match="there is no folder; give one that all machines share"):
         sweep(batches_of("same"), executor=executor)
+
+
+def test_functions_can_be_sent_once_they_have_been_used():
+    """An adapted function, which keeps its traces, and what else a loss is made of."""
+    key, w = jax.random.key(0), jax.numpy.ones((64, 64))
+    base, apply = lj.quantize({"kernel": w}, "kernel"), lj.adapt(lambda p, x: x @ p["kernel"])
+    loss = jax.jit(lambda x: apply(base, x).sum() + jax.random.uniform(key))
+    apply(base, w)
+    expected = loss(w)
+    sent = ray.cloudpickle.loads(ray.cloudpickle.dumps((loss, apply)))
+    np.testing.assert_array_equal(sent[0](w), expected)
+    np.testing.assert_array_equal(sent[1](base, w), apply(base, w))
