@@ -5,46 +5,47 @@
     finished  done, diverged, out of patience: the place is taken by the next that waits
 
 A place that nobody waits for goes on computing what nobody reads: that costs no more than a program
-of another size, which had to be compiled.
+of another size, which had to be compiled. What runs leave behind lies on the host: there are many
+of them, and the device has room for those in places.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.sweep.program import Program, put, spread, take
+from lora_jax.sweep.program import Program, from_host, on_host, put, spread, take
 from lora_jax.train import State
 from lora_jax.train.step import COUNTS
+from lora_jax.train.stream import Stream
 
 Stopped = Literal["done", "diverged", "patience", "halved", "data"]
 Metrics = dict[str, float]
 # One stream of batches for all runs, or what makes each run its own.
 Batches = Iterable[Any] | Callable[[Any], Iterable[Any]]
+BEGINNING = {"step": 0, "state": None}  # of a `Stream`
 
 
 @dataclasses.dataclass
 class Entry:
-    """A run on its way.
+    """A run on its way. Its arrays are on the host.
 
     Attributes:
       number: its number in the plan.
       run: its config.
-      tell: called with the run, a step and its numbers.
       step: steps that were begun; of a run that diverged, those before it did.
       stopped: why it ended, or None.
       history: as in `Fitted`.
-      state: where it waits between two stages, on the host; else None.
-      stream: its own batches, once it has begun.
-      last, best: adapters, padded; None before there are any.
+      position: where its batches are, as `Stream` has it.
+      state: where it waits between two stages; else None.
+      last, best: adapters, padded; None before there are any. Those of `state` are no `last`.
       best_step, best_metrics: of the best evaluation.
       validation_loss: of the last evaluation; infinite if it was not finite.
       waited: evaluations since the best one.
@@ -52,23 +53,17 @@ class Entry:
 
     number: int
     run: Any
-    tell: Callable[[Any, int, Metrics], None]
     step: int = 0
     stopped: Stopped | None = None
     history: list[tuple[int, Metrics]] = dataclasses.field(default_factory=list)
+    position: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(BEGINNING))
     state: Any = None
-    stream: Iterator[Any] | None = None
     last: Any = None
     best: Any = None
     best_step: int | None = None
     best_metrics: Metrics = dataclasses.field(default_factory=dict)
     validation_loss: float = math.inf
     waited: int = 0
-
-    def note(self, step: int, metrics: Metrics) -> None:
-        """Adds to the history, and tells whoever listens."""
-        self.history.append((step, metrics))
-        self.tell(self.run, step, dict(metrics))
 
 
 class Evaluation(NamedTuple):
@@ -95,6 +90,20 @@ class Evaluation(NamedTuple):
         }
 
 
+class Saved(NamedTuple):
+    """A round at some clock.
+
+    Attributes:
+      clock: batches drawn.
+      placed: the runs in places, by place, each with the state that it has there.
+      left: the runs that have been in one.
+    """
+
+    clock: int
+    placed: dict[int, Entry]
+    left: list[Entry]
+
+
 class Round:
     """Runs of one program, brought to one step: `until`, at which they are done if it is the last.
 
@@ -112,13 +121,19 @@ class Round:
         *,
         until: int,
         is_last: bool,
+        tell: Callable[[Entry], None],
+        save: Callable[[Saved], None] | None = None,
+        save_every: int | None = None,
     ):
         self.program, self.base, self.batches, self.make_key = program, base, batches, make_key
         self.evaluation, self.until, self.is_last = evaluation, until, is_last
+        self.tell, self.save, self.save_every = tell, save, save_every
+        self.clock = 0
         self.places: list[Entry | None] = [None] * program.group.at_once
+        self.left: list[Entry] = []
         self.states: Any = None  # [N, ...]
         self.numbers: Any = None
-        self.stream: Iterator[Any] = iter(())  # of the batches that all see
+        self.streams: dict[int, Stream] = {}  # by place; one for all, where all see the same
         self.pending: collections.deque = collections.deque()  # steps that were not told of yet
 
     @property
@@ -126,19 +141,35 @@ class Round:
         """The places that someone has."""
         return [(k, entry) for k, entry in enumerate(self.places) if entry is not None]
 
-    def run(self, waiting: Iterable[Entry]) -> None:
-        """Trains all that wait."""
-        queue = collections.deque(waiting)
+    def run(self, entries: Iterable[Entry], saved: Saved | None = None) -> list[Entry]:
+        """Trains them all.
+
+        Args:
+          entries: the runs.
+          saved: where some of them are already; None at the start.
+
+        Returns:
+          The runs, as they arrived.
+        """
+        if saved is not None:
+            self.clock, self.left = saved.clock, list(saved.left)
+            self._enter(saved.placed)
+        known = {entry.number for entry in [*self.left, *(x for _, x in self.taken)]}
+        queue = collections.deque(x for x in entries if x.number not in known)
         interval = self.evaluation.every or 1
-        for clock in itertools.count():
-            if not queue and not self.taken:
-                return
-            may_enter = clock % interval == 0 if callable(self.batches) else not self.taken
-            if queue and may_enter and None in self.places:
-                self._fill(queue)
+        while queue or self.taken:
+            own = callable(self.batches)
+            if queue and (self.clock % interval == 0 if own else not self.taken):
+                free = [k for k, entry in enumerate(self.places) if entry is None]
+                self._enter({k: queue.popleft() for k in free[: len(queue)]})
             batch = self._draw()
             if self.taken:
                 self._step(batch)
+            self.clock += 1
+            if self.save_every is not None and self.clock % self.save_every == 0:
+                self._save()
+        self._save()
+        return self.left
 
     def _step(self, batch: Any) -> None:
         self.states, metrics = self.program.step(self.states, self.numbers, self.base, batch)
@@ -157,14 +188,17 @@ class Round:
                 if entry.step == self.until or entry.stopped:
                     self._leave(place, entry)
 
-    def _fill(self, queue: collections.deque[Entry]) -> None:
-        entering: dict[int, Entry] = {}
-        for place, entry in enumerate(self.places):
-            if entry is None and queue:
-                self.places[place] = entering[place] = queue.popleft()
-        if not callable(self.batches):
-            (step,) = {entry.step for _, entry in self.taken}
-            self.stream = itertools.islice(self.batches, step, None)
+    def _enter(self, entering: dict[int, Entry]) -> None:
+        """Runs go to places, from where they are: the start, another stage, or a save."""
+        if not entering:
+            return
+        for place, entry in entering.items():
+            self.places[place] = entry
+        if callable(self.batches):
+            for place, entry in entering.items():
+                self.streams[place] = _stream(self.batches(entry.run), entry)
+        else:
+            self.streams = dict.fromkeys(entering, _stream(self.batches, self.taken[0][1]))
         states = {place: self._state_of(entry) for place, entry in entering.items()}
         if self.states is None:
             self.states = spread(next(iter(states.values())), len(self.places))
@@ -177,33 +211,27 @@ class Round:
         if entry.state is None:
             return self.program.start(entry.number, self.make_key(entry.run))
         state, entry.state = entry.state, None
-        return state._replace(key=self.make_key(entry.run))
+        return from_host(state)
 
     def _draw(self) -> Any:
         """The next batch; runs whose batches have ended leave."""
-        if not callable(self.batches):
-            batch = next(self.stream, None)
-            if batch is None:
-                self._out_of_data([entry for _, entry in self.taken])
-            return batch
-        drawn: dict[int, Any] = {}
-        for place, entry in self.taken:
-            if entry.stream is None:
-                entry.stream = iter(self.batches(entry.run))
-            drawn[place] = next(entry.stream, None)
-        self._out_of_data([entry for place, entry in self.taken if drawn[place] is None])
-        present = {place: batch for place, batch in drawn.items() if batch is not None}
-        if not present:
+        own, drawn = callable(self.batches), {}
+        for place, _ in self.taken if own else self.taken[:1]:
+            try:
+                drawn[place] = self.streams[place].draw()
+            except StopIteration:
+                self._out_of_data([place] if own else [place for place, _ in self.taken])
+        if not drawn:
             return None
-        anyone = next(iter(present.values()))
-        return stacked([present.get(place, anyone) for place in range(len(self.places))])
+        anyone = next(iter(drawn.values()))
+        if not own:
+            return anyone
+        return stacked([drawn.get(place, anyone) for place in range(len(self.places))])
 
-    def _out_of_data(self, entries: list[Entry]) -> None:
-        if not entries:
-            return
+    def _out_of_data(self, places: Sequence[int]) -> None:
         self._report()
         for place, entry in self.taken:
-            if entry in entries:
+            if place in places:
                 entry.stopped = "data"
                 self._leave(place, entry)
 
@@ -216,7 +244,7 @@ class Round:
                 if entry.stopped:
                     continue
                 row = {name: float(x[place]) for name, x in values.items()}
-                entry.note(step, row)
+                self._note(entry, step, row)
                 if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                     entry.stopped, entry.step = "diverged", step - 1
                     good = step > 1 or math.isfinite(row["loss"])
@@ -227,27 +255,61 @@ class Round:
         if not due:
             return
         values = self.evaluation.metrics(self.program, self.states, self.numbers, self.base)
+        improved = []
         for place, entry in due:
             metrics = {name: float(x[place]) for name, x in values.items()}
-            entry.note(entry.step, {f"validation/{name}": x for name, x in metrics.items()})
+            self._note(entry, entry.step, {f"validation/{name}": x for name, x in metrics.items()})
             entry.validation_loss = metrics["loss"] if math.isfinite(metrics["loss"]) else math.inf
             if metrics["loss"] < entry.best_metrics.get("loss", math.inf):
-                entry.best = take(self.states.adapters, place)
+                improved.append((place, entry))
                 entry.best_step, entry.best_metrics, entry.waited = entry.step, metrics, 0
             else:
                 entry.waited += 1
             if self.evaluation.patience is not None and entry.waited >= self.evaluation.patience:
                 entry.stopped = "patience"
+        found = on_host([take(self.states.adapters, place) for place, _ in improved])
+        for (_, entry), adapters in zip(improved, found, strict=True):
+            entry.best = adapters
+
+    def _note(self, entry: Entry, step: int, metrics: Metrics) -> None:
+        entry.history.append((step, metrics))
+        self.tell(entry)
 
     def _leave(self, place: int, entry: Entry, keep: bool = True) -> None:
         """Frees a place."""
-        state = take(self.states, place)
-        self.places[place] = None
-        if keep:
-            entry.last = state.last_good if entry.stopped == "diverged" else state.adapters
         if entry.stopped is None:
-            # A state is several times its adapters, and many may wait for their next stage.
-            entry.state = jax.tree.map(np.asarray, state._replace(key=None))
+            entry.position = self._position(place, entry)
+            entry.state = on_host(take(self.states, place))
+        elif keep:
+            diverged = entry.stopped == "diverged"
+            adapters = self.states.last_good if diverged else self.states.adapters
+            entry.last = on_host(take(adapters, place))
+        self.places[place] = None
+        self.left.append(entry)
+
+    def _position(self, place: int, entry: Entry) -> dict[str, Any]:
+        self.streams[place].mark(entry.step)
+        return self.streams[place].position
+
+    def _save(self) -> None:
+        if self.save is None:
+            return
+        self._report()  # which may free places
+        placed = {}
+        if self.taken:
+            states = on_host(self.states)
+            for place, entry in self.taken:
+                state = jax.tree.map(lambda x, place=place: x[place], states)
+                position = self._position(place, entry)
+                placed[place] = dataclasses.replace(entry, state=state, position=position)
+        self.save(Saved(self.clock, placed, self.left))
+
+
+def _stream(batches: Iterable[Any], entry: Entry) -> Stream:
+    """Batches from where a run is."""
+    stream = Stream(batches)
+    stream.resume(entry.position, entry.step)
+    return stream
 
 
 def stacked(batches: list[Any]) -> Any:

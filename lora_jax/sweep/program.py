@@ -11,6 +11,7 @@ are the same to the last bit.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,10 +21,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from lora_jax.sweep import stack
+from lora_jax.sweep import padding
 from lora_jax.sweep.fields import fields_of, with_fields
-from lora_jax.sweep.plan import Group, Plan
+from lora_jax.sweep.groups import Group, Plan
 from lora_jax.train import LossFn, State, Transform, init_state, train_step
+from lora_jax.train.checkpoints import is_key
 
 
 class RunNumbers(NamedTuple):
@@ -31,7 +33,7 @@ class RunNumbers(NamedTuple):
 
     Attributes:
       fields: of the configs, by name.
-      adapters: a tree of `stack.LeafNumbers`.
+      adapters: a tree of `padding.LeafNumbers`.
     """
 
     fields: dict[str, Any]
@@ -52,30 +54,31 @@ class Program:
         transform: Transform | None = None,
     ):
         self.plan, self.group = plan, group
-        drops = any(x.drops for k in group.runs for x in stack.adapters_in(plan.own[k]))
+        drops = any(x.drops for k in group.runs for x in padding.adapters_in(plan.own[k]))
         example = plan.runs[group.runs[0]]
 
         def optimizer(numbers: RunNumbers) -> optax.GradientTransformation:
             tx = plan.make_tx(with_fields(example, numbers.fields))
             # Zeros stay zeros without it, unless an optimizer adds noise of its own.
-            mask = lambda updates, _: stack.without_padding(updates, numbers.adapters)  # noqa: E731
+            mask = lambda updates, _: padding.without_padding(updates, numbers.adapters)  # noqa: E731
             return optax.chain(tx, optax.stateless(mask))
 
         def loss_of_run(numbers: RunNumbers) -> LossFn:
             def loss(adapters: Any, base: Any, batch: Any, key: Any) -> Any:
-                own = stack.of_run(adapters, numbers.adapters, drops=drops)
+                own = padding.of_run(adapters, numbers.adapters, drops=drops)
                 return loss_fn(own, base, batch, key)
 
             return loss
 
         def step(state: State, numbers: RunNumbers, base: Any, batch: Any) -> tuple[State, dict]:
-            return train_step(
+            state, metrics = train_step(
                 *(state, base, batch),
                 loss_fn=loss_of_run(numbers),
                 tx=optimizer(numbers),
                 accumulate=accumulate,
                 transform=transform,
             )
+            return _strong(state), metrics
 
         def evaluate(state: State, numbers: RunNumbers, base: Any, batch: Any) -> dict:
             result = loss_of_run(numbers)(state.adapters, base, batch, None)
@@ -83,7 +86,8 @@ class Program:
             return {**metrics, "loss": loss}
 
         def start(key: jax.Array, adapters: Any, numbers: RunNumbers) -> State:
-            return init_state(key, stack.pad(adapters, group.like), optimizer(numbers))
+            padded = padding.pad(adapters, group.like)
+            return _strong(init_state(key, padded, optimizer(numbers)))
 
         batches = None if shared else 0
         self.step = jax.jit(jax.vmap(step, (0, 0, None, batches)), donate_argnums=0)
@@ -102,7 +106,12 @@ class Program:
     def _numbers(self, run: int) -> RunNumbers:
         values = fields_of(self.plan.runs[run])
         fields = {name: values[name] for name in self.plan.traced}
-        return RunNumbers(fields, stack.numbers_of(self.plan.own[run], self.group.like))
+        return RunNumbers(fields, padding.numbers_of(self.plan.own[run], self.group.like))
+
+
+def _strong(state: State) -> State:
+    """A state without weak types, which an array that has been on the host does not have."""
+    return jax.tree.map(lambda x: x if is_key(x) else lax.convert_element_type(x, x.dtype), state)
 
 
 @jax.jit
@@ -128,3 +137,33 @@ def put(tree: Any, place: Any, of_run: Any) -> Any:
     """A tree `[N, ...]` with another run in one place."""
     update = functools.partial(lax.dynamic_update_index_in_dim, index=place, axis=0)
     return jax.tree.map(update, tree, of_run)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["impl"])
+@dataclasses.dataclass(frozen=True)
+class KeyData:
+    """PRNG keys where there are none: as numbers."""
+
+    data: Any
+    impl: Any
+
+
+def without_keys(tree: Any) -> Any:
+    """A tree with `KeyData` for its PRNG keys."""
+    return jax.tree.map(
+        lambda x: KeyData(jax.random.key_data(x), jax.random.key_impl(x)) if is_key(x) else x, tree
+    )
+
+
+def on_host(tree: Any) -> Any:
+    """A tree as arrays of NumPy. All are on their way before one of them is waited for."""
+    return jax.device_get(without_keys(tree))
+
+
+def from_host(tree: Any) -> Any:
+    """Undoes `on_host`, but for what JAX does when it meets the arrays."""
+    return jax.tree.map(
+        lambda x: jax.random.wrap_key_data(x.data, impl=x.impl) if isinstance(x, KeyData) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, KeyData),
+    )

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.sweep import stack
-from lora_jax.sweep.places import Batches, Entry, Evaluation, Metrics, Round, Stopped
-from lora_jax.sweep.plan import Plan
-from lora_jax.sweep.program import Program
+from lora_jax.files import shown
+from lora_jax.sweep import padding, progress
+from lora_jax.sweep.groups import Plan
+from lora_jax.sweep.places import Batches, Entry, Evaluation, Metrics, Stopped
+from lora_jax.sweep.work import Executor, Task, Work
 from lora_jax.train import LossFn, Transform
 
 
 class Fitted(NamedTuple):
-    """What a run arrived at.
+    """What a run arrived at. Its arrays are NumPy's, on the host.
 
     Attributes:
       run: its config.
@@ -81,6 +84,10 @@ def fit(
     patience: int | None = None,
     halving: Halving | None = None,
     on_metrics: Callable[[Any, int, Metrics], None] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    save_every: int | None = None,
+    identity: Mapping[str, Any] | None = None,
+    executor: Executor | None = None,
 ) -> list[Fitted]:
     """Trains all runs of a plan, each as `lj.train.fit` would train it alone.
 
@@ -91,7 +98,10 @@ def fit(
       plan: the runs, from `plan`.
       batches: one iterable, of which all runs see the same batch at the same time; or a function
         from a run to its own, all of the same shapes. With their own, a run that waits begins as
-        soon as a place is free; with the same, when all places are, at the first batch.
+        soon as a place is free; with the same, when all places are, at the first batch. They are
+        in an order that is the same each time. Where a run goes on after a stage or a kill, an
+        iterator with `get_state` and `set_state`, as grain's, is told to; from others is drawn
+        again what was drawn before.
       make_key: from a run to its PRNG key, for dropout and transforms.
       steps: updates of each run.
       accumulate: in how many parts a batch is run, as for `lj.train.fit`.
@@ -101,35 +111,78 @@ def fit(
       evaluate_every: steps between evaluations; None for one at the end alone.
       patience: a run ends after this many evaluations in a row without a lower loss.
       halving: when the worst of all runs end.
-      on_metrics: called with the run, its step and the step's numbers, as they come.
+      on_metrics: called with the run, its step and the step's numbers: once, and in order, with
+        each row of its history, also with those that an earlier call left in the folder. They are
+        told of as they come; with an executor, when it has brought the group to its step.
+      folder: where progress is kept, for this sweep alone; nothing is written if None. What was
+        computed before the last save there is not computed again: the same call goes on.
+      save_every: steps between two saves of a group; None for one when it is done, and at each
+        step of `halving`. Keeping it small costs time: a save waits for the device and the disk.
+      identity: what else makes this sweep the one it is (model, data), as JSON has it. A folder of
+        a sweep with another identity is refused, as is one of other runs or options.
+      executor: what trains the groups, on other machines for instance. Its `map` is called with a
+        function and a task for each group, once for each step of `halving` and the last step;
+        None trains one after the other, here.
 
     Returns:
       What each run arrived at, in the order of the plan. A run that diverges is frozen there; the
-      others go on, and their values are to the last bit those they would have had without it.
+      others go on, and their values are to the last bit those they would have had without it. So
+      are, on the same machine's CPU, those of a sweep that was killed and went on from its folder.
 
     Raises:
-      ValueError: before anything is compiled, if options contradict each other, or there is only
-        one pass through batches that are needed again; later, if two runs' batches differ in shape.
+      ValueError: before anything is compiled, if options contradict each other, there is only one
+        pass through batches that are needed again, or the folder is another sweep's; later, if two
+        runs' batches differ in shape, or a file in the folder is damaged.
+      OSError: if the folder cannot be read or written. What was there before still is.
     """
     _check(steps, validation, evaluate_every, patience, halving)
+    _check_folder(folder, save_every, identity, executor)
     stages = [*(halving.at if halving else ()), steps]
-    _check_passes(plan, batches, stages)
-    evaluation = Evaluation(validation, evaluate_every, patience)
-    tell = on_metrics or (lambda run, step, metrics: None)
-    own = callable(batches)
-    programs = [
-        Program(plan, x, loss_fn, shared=not own, accumulate=accumulate, transform=transform)
-        for x in plan.groups
-    ]
-    entries = [Entry(k, run, tell) for k, run in enumerate(plan.runs)]
+    _check_passes(plan, batches, stages, executor)
+    if folder is not None:
+        options = {
+            "steps": steps,
+            "batches": "of each run" if callable(batches) else "the same for all",
+            "accumulate": accumulate,
+            "transform": transform is not None,
+            "validation": len(validation),
+            "evaluate_every": evaluate_every,
+            "patience": patience,
+            "halving": None if halving is None else [list(halving.at), halving.keep],
+            "identity": identity or {},
+        }
+        folder = Path(folder).absolute()
+        progress.begin(folder, plan, options)
+    entries = [Entry(k, run) for k, run in enumerate(plan.runs)]
+    told = [0] * len(entries)
+
+    def tell(entry: Entry) -> None:
+        """Tells of what is new in a run's history."""
+        rows = entry.history[told[entry.number] :]
+        told[entry.number] += len(rows)
+        for step, metrics in rows:
+            if on_metrics is not None:
+                on_metrics(entry.run, step, dict(metrics))
+
+    work = Work(
+        *(plan, loss_fn, base, batches, make_key),
+        evaluation=Evaluation(validation, evaluate_every, patience),
+        accumulate=accumulate,
+        transform=transform,
+        folder=folder,
+        save_every=save_every,
+        tell=tell if executor is None else None,
+    )
     for until in stages:
-        for program in programs:
-            waiting = [entries[k] for k in program.group.runs if entries[k].stopped is None]
-            Round(
-                *(program, base, batches, make_key, evaluation),
-                until=until,
-                is_last=until == steps,
-            ).run(waiting)
+        tasks = [
+            Task(number, going_on, until, until == steps)
+            for number, group in enumerate(plan.groups)
+            if (going_on := [entries[k] for k in group.runs if entries[k].stopped is None])
+        ]
+        for arrived in (map if executor is None else executor.map)(work, tasks):
+            for entry in arrived:
+                entries[entry.number] = entry
+                tell(entry)
         if halving is not None and until < steps:
             _halve([entry for entry in entries if entry.stopped is None], halving.keep)
     return [_fitted(entry, plan) for entry in entries]
@@ -152,11 +205,28 @@ def _check(
         raise ValueError(f"halving is at step {halving.at[-1]}, expected one before steps={steps}")
 
 
-def _check_passes(plan: Plan, batches: Batches, stages: list[int]) -> None:
+def _check_folder(folder: Any, save_every: int | None, identity: Any, executor: Any) -> None:
+    if save_every is not None and save_every < 1:
+        raise ValueError(f"save_every is {save_every}, expected at least 1")
+    for name, value in {"save_every": save_every, "identity": identity}.items():
+        if folder is None and value is not None:
+            raise ValueError(
+                f"{name} is {shown(value)}, but there is no folder to save to; give one"
+            )
+    if folder is None and getattr(executor, "needs_folder", False):
+        raise ValueError(
+            "the executor has a group whose worker died go on from its last save, and there is no "
+            "folder; give one that all machines share"
+        )
+
+
+def _check_passes(
+    plan: Plan, batches: Batches, stages: list[int], executor: Executor | None
+) -> None:
     if callable(batches) or iter(batches) is not batches:
         return
     rounds = sum(math.ceil(len(x.runs) / x.at_once) for x in plan.groups)
-    if rounds > 1 or len(stages) > 1:
+    if rounds > 1 or len(stages) > 1 or executor is not None:
         raise ValueError(
             "batches is an iterator, which can be gone through once, and the runs need them more "
             "often; give a list, or another iterable that begins anew"
@@ -167,13 +237,14 @@ def _halve(entries: list[Entry], keep: float) -> None:
     """Ends the runs that are not among the best; of equal ones the first go on."""
     ranked = sorted(entries, key=lambda entry: entry.validation_loss)
     for entry in ranked[math.ceil(keep * len(ranked)) :]:
+        entry.last = entry.state.adapters
         entry.stopped, entry.state = "halved", None
 
 
 def _fitted(entry: Entry, plan: Plan) -> Fitted:
     assert entry.stopped is not None
     own = plan.own[entry.number]
-    last, best = (None if x is None else stack.cut(x, own) for x in (entry.last, entry.best))
+    last, best = (None if x is None else padding.cut(x, own) for x in (entry.last, entry.best))
     return Fitted(
         run=entry.run,
         adapters=last if best is None else best,

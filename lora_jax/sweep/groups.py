@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax.sweep import stack
+from lora_jax.sweep import padding
 from lora_jax.sweep.fields import fields_of, varying_numbers, with_fields
 
 # By how many updates it is found out whether padding changes an optimizer, and by how much of the
@@ -37,8 +37,8 @@ class Group:
       runs: their numbers in the plan.
       like: what holds the adapters of any of them, abstract: the largest rank of each leaf.
       at_once: how many of them the program trains side by side.
-      run_bytes: what one of them keeps on the device for itself: adapters, the last good ones, the
-        optimizer's state, and a gradient. Activations come on top.
+      run_bytes: what one of them needs of the device for itself: adapters, the last good ones, the
+        optimizer's state, a gradient, and the activations that `plan` was told of.
     """
 
     runs: tuple[int, ...]
@@ -49,7 +49,7 @@ class Group:
     @property
     def rank(self) -> int:
         """The largest rank."""
-        return max((x.rank for x in stack.adapters_in(self.like)), default=0)
+        return max((x.rank for x in padding.adapters_in(self.like)), default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,7 @@ def plan(
     static: Sequence[str] = (),
     at_once: int | None = None,
     memory: int | None = None,
+    activations: int = 0,
 ) -> Plan:
     """Sorts runs into programs. Nothing is compiled yet, and whatever is wrong is said here.
 
@@ -106,7 +107,8 @@ def plan(
       static: fields that `make_tx` must have as Python numbers, such as one that it branches on.
         Runs that differ in what comes of them are in different groups.
       at_once: how many runs a program trains side by side; None for all, or as many as fit.
-      memory: bytes of the device for what each run keeps for itself; None for no limit.
+      memory: bytes of the device for what each run needs for itself; None for no limit.
+      activations: bytes that a step of one run takes beside its adapters and optimizer.
 
     Returns:
       The plan, for `fit`.
@@ -128,13 +130,13 @@ def plan(
     own = tuple(_adapters_of(run, k, make_adapters) for k, run in enumerate(runs))
     unsized = [
         part
-        for alike in _parted(range(len(runs)), lambda k: stack.whole_leaves(own[k]))
+        for alike in _parted(range(len(runs)), lambda k: padding.whole_leaves(own[k]))
         for part in _of_one_optimizer(alike, runs, own, make_tx, traced)
     ]
     groups = []
     for part in unsized:
-        like = stack.union([own[k] for k in part])
-        size = _run_bytes(like, make_tx, runs[part[0]])
+        like = padding.union([own[k] for k in part])
+        size = _run_bytes(like, make_tx, runs[part[0]]) + activations
         groups.append(Group(tuple(part), like, _at_once(len(part), size, at_once, memory), size))
     return Plan(runs, own, make_adapters, make_tx, traced, tuple(groups))
 
@@ -189,7 +191,7 @@ def _of_one_optimizer(
     alike: list[int], runs: Sequence[Any], own: Sequence[Any], make_tx: Any, traced: Sequence[str]
 ) -> list[list[int]]:
     """Runs parted by what their optimizer does, beside its numbers."""
-    like = stack.union([own[k] for k in alike])
+    like = padding.union([own[k] for k in alike])
     known: dict[Any, str] = {}  # by the other fields: one trace for all runs that share them
 
     def update_program(k: int) -> str:
@@ -200,9 +202,9 @@ def _of_one_optimizer(
 
     parts = []
     for part in _parted(alike, update_program):
-        shapes = {k: stack.shapes(own[k]) for k in part}
+        shapes = {k: padding.shapes(own[k]) for k in part}
         smallest = min(part, key=lambda k: sum(x.size for x in jax.tree.leaves(own[k])))
-        padded = stack.union([own[k] for k in part])
+        padded = padding.union([own[k] for k in part])
         differ = len(set(shapes.values())) > 1
         if differ and _padding_matters(make_tx(runs[smallest]), own[smallest], padded):
             parts += _parted(part, shapes.__getitem__)
@@ -261,7 +263,7 @@ def _padding_matters(tx: optax.GradientTransformation, own: Any, like: Any) -> b
         for g in grads:
             updates, state = tx.update(shaped(g), state, params)
             params = optax.apply_updates(params, updates)
-        return stack.cut(jax.tree.map(jnp.subtract, params, start), own)
+        return padding.cut(jax.tree.map(jnp.subtract, params, start), own)
 
     def differs(alone: jax.Array, padded: jax.Array) -> jax.Array:
         return jnp.abs(alone - padded).max() > TOLERANCE * jnp.abs(alone).max()
@@ -269,7 +271,7 @@ def _padding_matters(tx: optax.GradientTransformation, own: Any, like: Any) -> b
     @jax.jit
     def compared(params: Any, grads: list[Any]) -> Any:
         alone = moves(params, grads, lambda x: x)
-        return jax.tree.map(differs, alone, moves(params, grads, lambda x: stack.pad(x, like)))
+        return jax.tree.map(differs, alone, moves(params, grads, lambda x: padding.pad(x, like)))
 
     return any(jax.tree.leaves(compared(drawn(), [drawn() for _ in range(PROBES)])))
 
