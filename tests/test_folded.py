@@ -13,6 +13,8 @@ from test_residuals import is_decoded, residuals
 import lora_jax as lj
 from lora_jax.core import folded
 
+pytestmark = pytest.mark.compiled_quickly
+
 IN, OUT, ROWS, RANK = 96, 160, 7, 4
 USES = {
     "dense": ("i o", (IN, OUT), lambda w, x: x @ w, lambda w, x: x @ w),

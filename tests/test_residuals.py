@@ -19,6 +19,8 @@ from small_lm import (
 
 import lora_jax as lj
 
+pytestmark = pytest.mark.compiled_quickly
+
 DEPTH = 8
 MATRICES = {(VOCAB, DIM), (DIM, HIDDEN), (HIDDEN, DIM)}
 

@@ -17,6 +17,8 @@ import lora_jax as lj
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
 
+pytestmark = pytest.mark.compiled_quickly
+
 KERNELS = r"layers/.*kernel"
 CONFIG = DecoderConfig(
     vocab_size=96, dim=128, mlp_dim=512, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=32

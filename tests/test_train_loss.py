@@ -20,6 +20,8 @@ from small_batches import VOCAB, adapted, batch, decoder, equations_in
 import lora_jax as lj
 from lora_jax import train
 
+pytestmark = pytest.mark.compiled_quickly
+
 ROWS, LENGTH, DIM = 3, 20, 5
 WEIGHTS = {
     "all": np.ones((ROWS, LENGTH)),
