@@ -41,7 +41,6 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="lora_jax-")
         config.add_cleanup(folder.cleanup)
         os.environ[COMPILED] = folder.name
-        config.add_cleanup(lambda: os.environ.pop(COMPILED))
     if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
         folder = os.environ[COMPILED]
         os.environ.update({CACHE: f"{folder}/of-commands-{os.getpid()}", FROM: "0"})

@@ -76,6 +76,7 @@ def test_value_and_gradients(layout, shape, use, in_numpy):
         assert jnp.abs(a - b).max() <= 1e-5 * jnp.abs(b).max()
 
 
+@pytest.mark.compiled_quickly(False)
 @pytest.mark.parametrize("kind", ["nf4", "q4_0", "q4_1"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_an_update_of_zero_changes_no_bit(kind, dtype):

@@ -207,6 +207,7 @@ def test_vmap_over_batches():
     np.testing.assert_allclose(jax.jit(jax.vmap(value))(both), wanted, rtol=1e-5)
 
 
+@pytest.mark.compiled_quickly(False)
 @pytest.mark.usefixtures("fewer_programs")
 def test_without_adapters_it_is_the_base():
     base, _ = adapted(tied_head=False, quantized=True)

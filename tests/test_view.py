@@ -118,6 +118,7 @@ def walk(leaf: Leaf, chain) -> tuple[View, np.ndarray, np.ndarray]:
     return state
 
 
+@pytest.mark.compiled_quickly(False)
 @FEW
 @given(leaf=leaves, chain=chains)
 def test_chain_of_rearrangements(leaf, chain):
