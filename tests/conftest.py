@@ -22,6 +22,9 @@ FROM = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 COMPILED = "LORA_JAX_TESTS_COMPILED"  # the folder of the run, as its workers are told
 QUICKLY = "jax_disable_most_optimizations"
 XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+# Of XLA's two emitters of loops the older one is the quicker; of late there is but one.
+TWO_EMITTERS = jax.__version_info__ < (0, 11)
+OLDER_EMITTER = ("xla_cpu_use_fusion_emitters", False)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,9 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if CACHE in os.environ:
         return
     if COMPILED not in os.environ:
-        folder = tempfile.TemporaryDirectory(prefix="lora_jax-")
-        config.add_cleanup(folder.cleanup)
-        os.environ[COMPILED] = folder.name
+        made = tempfile.TemporaryDirectory(prefix="lora_jax-")
+        config.add_cleanup(made.cleanup)
+        os.environ[COMPILED] = made.name
     if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
         folder = os.environ[COMPILED]
         os.environ.update({CACHE: f"{folder}/of-commands-{os.getpid()}", FROM: "0"})
@@ -56,11 +59,6 @@ def put(self: lru_cache.LRUCache, key: str, program: bytes) -> None:
 
 
 lru_cache.LRUCache.put = put
-
-
-# XLA has but one emitter of loops since; before, the older one is the quicker.
-TWO_EMITTERS = jax.__version_info__ < (0, 11)
-OLDER_EMITTER = ("xla_cpu_use_fusion_emitters", False)
 
 
 @pytest.hookimpl(tryfirst=True)
