@@ -65,10 +65,10 @@ lru_cache.LRUCache.put = put
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compiles in two fifths of the time where a test is marked `compiled_quickly`.
 
-    XLA rewrites a program as ever, writes its loops with the older of its two emitters, and LLVM
-    then leaves them as they are: in particular, it contracts no product and sum into one rounding.
-    So a test that claims equal bits of what two programs computed is not marked; nor is one whose
-    programs run long. Among others that are marked, `compiled_quickly(False)` excepts one.
+    XLA writes the loops of a program with the older of its two emitters, and LLVM then leaves them
+    as they are: in particular, it contracts no product and sum into one rounding. So a test is not
+    marked that claims equal bits of what two programs computed, or looks into a compiled program,
+    or whose programs run long. Among others that are marked, `compiled_quickly(False)` excepts one.
     """
     marker = item.get_closest_marker("compiled_quickly")
     quickly = marker is not None and marker.args != (False,)

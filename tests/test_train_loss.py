@@ -216,6 +216,7 @@ def test_without_adapters_it_is_the_base():
     assert loss_fn(None, base, batch(), None)[0] == loss_fn(zero, base, batch(), None)[0]
 
 
+@pytest.mark.compiled_quickly(False)
 @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "4 bits"])
 def test_logits_of_a_whole_batch_are_never_held(quantized):
     """Forward and backward; sizes are such that the vocabulary is in no other product."""
@@ -269,6 +270,7 @@ def test_positions_are_chosen_by_a_branch_in_both_directions():
     )
 
 
+@pytest.mark.compiled_quickly(False)
 @pytest.mark.usefixtures("fewer_programs")
 def test_on_eight_devices():
     base, adapters = adapted(tied_head=True, quantized=True)
