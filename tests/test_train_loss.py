@@ -20,6 +20,8 @@ from small_batches import VOCAB, adapted, batch, decoder, equations_in
 import lora_jax as lj
 from lora_jax import train
 
+pytestmark = pytest.mark.compiled_quickly
+
 ROWS, LENGTH, DIM = 3, 20, 5
 WEIGHTS = {
     "all": np.ones((ROWS, LENGTH)),
@@ -212,6 +214,7 @@ def test_vmap_over_batches():
     assert not any(32 in shape for shape in shapes)
 
 
+@pytest.mark.compiled_quickly(False)
 @pytest.mark.usefixtures("fewer_programs")
 def test_without_adapters_it_is_the_base():
     base, _ = adapted(tied_head=False, quantized=True)
@@ -220,6 +223,7 @@ def test_without_adapters_it_is_the_base():
     assert loss_fn(None, base, batch(), None)[0] == loss_fn(zero, base, batch(), None)[0]
 
 
+@pytest.mark.compiled_quickly(False)
 @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "4 bits"])
 def test_logits_of_a_whole_batch_are_never_held(quantized):
     """Forward and backward; sizes are such that the vocabulary is in no other product."""
@@ -273,6 +277,7 @@ def test_positions_are_chosen_by_a_branch_in_both_directions():
     )
 
 
+@pytest.mark.compiled_quickly(False)
 @pytest.mark.usefixtures("fewer_programs")
 def test_on_eight_devices():
     base, adapters = adapted(tied_head=True, quantized=True)

@@ -9,6 +9,8 @@ import pytest
 import lora_jax as lj
 from lora_jax import train
 
+pytestmark = pytest.mark.compiled_quickly
+
 RISE = 0.5 * np.arange(5) / 5
 SHARE = np.arange(15) / 16  # of the fall, which is complete one step after the last
 RATES = {
