@@ -45,6 +45,8 @@ ON_CPU = {
     "runs": 8,
     "batch": 2,
     "length": 64,
+    "rank": 8,
+    "targets": "attn/.*kernel",
     "dtype": "float32",
     "remat": "none",
     "attention": "xla",
