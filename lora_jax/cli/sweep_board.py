@@ -18,8 +18,23 @@ from lora_jax.cli.report import LINES, Reporter
 from lora_jax.cli.sweep_config import Run
 from lora_jax.sweep.plots import shown
 
-RECENT = 20  # steps of all runs in places, by which speed is told
+RECENT = 20  # steps by which speed is told
 STYLES = {"diverged": "bold red", "done": "green", "training": "bold", "waiting": "dim"}
+
+
+@dataclasses.dataclass
+class Tick:
+    """A step of the runs side by side, which are told of one after the other.
+
+    Attributes:
+      moment: in seconds, when the first of them was.
+      runs: their numbers.
+      tokens: of all of them.
+    """
+
+    moment: float
+    runs: set[int] = dataclasses.field(default_factory=set)
+    tokens: float = 0.0
 
 
 @dataclasses.dataclass
@@ -58,7 +73,7 @@ class Board:
         self.reporter, self.steps, self.names = reporter, steps, names
         values = [[shown(getattr(run, name)) for name in names] for run in runs]
         self.standings = [Standing(own) for own in values]
-        self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=2)
+        self._recent: collections.deque[Tick] = collections.deque(maxlen=RECENT)
         self._begun: dict[int, float] = {}
         self._live: Live | None = None
         self._told = 0
@@ -92,13 +107,14 @@ class Board:
             self.reporter.say(f"run {number} ({self._described(own)}) diverged at step {step}.")
         if step == self.steps and finite:
             own.state = "done"
-        self._note_speed(now, metrics.get("tokens", 0.0))
+        if not self._recent or number in self._recent[-1].runs:
+            self._recent.append(Tick(now))
+        self._recent[-1].runs.add(number)
+        self._recent[-1].tokens += metrics.get("tokens", 0.0)
+        self._say_how_far()
 
-    def _note_speed(self, now: float, tokens: float) -> None:
-        training = sum(one.state == "training" for one in self.standings)
-        if self._recent.maxlen != (size := RECENT * max(1, training)):
-            self._recent = collections.deque(self._recent, maxlen=size)
-        self._recent.append((now, tokens))
+    def _say_how_far(self) -> None:
+        """Prints a line now and then, where there is no terminal."""
         done = sum(one.step for one in self.standings)
         share = done * LINES // (self.steps * len(self.standings))
         if share > self._told and not self.reporter.live:
@@ -109,23 +125,24 @@ class Board:
         """Steps and tokens a second, of all runs together; None as long as nobody knows."""
         if len(self._recent) < 2:
             return None
-        seconds = self._recent[-1][0] - self._recent[0][0]
-        if seconds <= 0:
-            return None
-        tokens = sum(tokens for _, tokens in self._recent) - self._recent[0][1]
-        return (len(self._recent) - 1) / seconds, tokens / seconds
+        # What the last one took is not known before the next.
+        ticks = list(self._recent)[:-1]
+        seconds = self._recent[-1].moment - ticks[0].moment
+        return sum(len(x.runs) for x in ticks) / seconds, sum(x.tokens for x in ticks) / seconds
 
     def summary(self) -> str:
         """The sweep in a line."""
-        done = sum(not one.is_open for one in self.standings)
+        done, total = sum(one.step for one in self.standings), self.steps * len(self.standings)
         losses = [one.train for one in self.standings if one.state == "training"]
-        parts = [f"{done} of {len(self.standings)} runs have ended"]
+        parts = [f"training {done:,}/{total:,}"]
         if finite := [loss for loss in losses if loss is not None]:
-            parts.append(f"{len(finite)} at losses of {min(finite):.3f} to {max(finite):.3f}")
+            low, high = f"{min(finite):.3f}", f"{max(finite):.3f}"
+            parts.append(f"{len(finite)} runs at loss {low}" + (f" to {high}" * (high != low)))
+        if ended := sum(not one.is_open for one in self.standings):
+            parts.append(f"{ended} of {len(self.standings)} have ended")
         if (speed := self.speed()) is not None:
             left = sum(self.steps - one.step for one in self.standings if one.is_open)
-            parts.append(f"{speed[1]:,.0f} tokens/s")
-            parts.append(f"ETA {_duration(left / speed[0])}")
+            parts += [f"{speed[1]:,.0f} tokens/s", f"ETA {_duration(left / speed[0])}"]
         return "  ".join(parts)
 
     def table(self) -> Table:

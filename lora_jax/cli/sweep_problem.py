@@ -184,8 +184,8 @@ class SweepProblem:
             f"{self.config.data.length} tokens; within a program differ: {names}."
         )
         reporter.say(
-            "MiB are adapters, optimizer and gradient; GiB are foretold for an NVIDIA GPU, and "
-            "near what others take. Time is told once the first steps are timed."
+            "MiB are adapters, optimizer and gradient; GiB are foretold as for an NVIDIA GPU. The "
+            "time that it takes is told as soon as the first steps are timed."
         )
 
     # The training.
