@@ -138,8 +138,8 @@ class SweepProblem:
             if not self._fits(group, most, limit) or (wanted and most < first):
                 needed = self.bytes_of(group, first) or 0
                 raise CliError(
-                    f"program {number} needs about {needed / 2**30:.2f} GiB for {first} runs at "
-                    f"once, and there are {(limit or 0) / 2**30:.2f}; "
+                    f"program {number} needs about {needed / 2**30:.3g} GiB for {first} runs at "
+                    f"once, and there are {(limit or 0) / 2**30:.3g}; "
                     + (
                         f"write --at-once {most}."
                         if self._fits(group, most, limit)

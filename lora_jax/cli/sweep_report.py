@@ -239,10 +239,9 @@ tbody tr {{ border-top: 1px solid var(--line); }}
 details td:last-child, details th:last-child {{ text-align: left; white-space: normal;
   overflow-wrap: anywhere; }}
 .warning {{ border-left: 4px solid var(--accent); margin: 1rem 0 0; padding: 0.2rem 0.8rem; }}
-.figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
-  gap: 1.25rem; align-items: start; }}
-figure {{ margin: 0; }}
-figure:last-child {{ grid-column: 1 / -1; }}
+.figures {{ display: flex; flex-wrap: wrap; gap: 1.25rem; align-items: flex-start; }}
+figure {{ flex: 1 1 24rem; max-width: min(36rem, 100%); min-width: 0; margin: 0; }}
+figure:last-child {{ flex-basis: 100%; max-width: 100%; }}
 img {{ display: block; width: 100%; height: auto; background: #ffffff; border-radius: 8px;
   border: 1px solid var(--line); padding: 0.5rem; }}
 figcaption {{ color: var(--soft); font-size: 0.875rem; margin-top: 0.35rem; }}

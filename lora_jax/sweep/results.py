@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lora_jax.sweep.fields import fields_of
+from lora_jax.train.step import COUNTS
 
 if TYPE_CHECKING:
     from lora_jax.sweep import Fitted
@@ -108,7 +109,7 @@ def result_rows(fitted: Sequence[Fitted]) -> list[dict[str, Any]]:
                 "tokens": int(sum(metrics.get("tokens", 0) for metrics in steps)),
                 "train_loss": statistics.fmean(last) if last else None,
                 "best_step": one.best_step,
-                **{f"validation_{name}": value for name, value in one.best_metrics.items()},
+                **{f"validation_{k}": x for k, x in one.best_metrics.items() if k not in COUNTS},
                 "last_validation_loss": evaluations[-1]["validation/loss"] if evaluations else None,
             }
         )
