@@ -104,10 +104,19 @@ def test_a_row_for_each_run(sweep):
     rows = results.result_rows(sweep)
     assert len(rows) == 27
     assert rows[1] == {
-        **{"run": 1, "rank": 1, "learning_rate": 1e-4, "targets": "kernel", "seed": 1},
-        **{"stopped": "done", "steps": 20, "tokens": 60, "best_step": 20},
+        "run": 1,
+        "rank": 1,
+        "learning_rate": 1e-4,
+        "targets": "kernel",
+        "seed": 1,
+        "stopped": "done",
+        "steps": 20,
+        "tokens": 60,
+        "best_step": 20,
         "train_loss": pytest.approx(np.mean([0.91 + 1 / 19, 0.91 + 1 / 20])),  # of the last tenth
-        **{"validation_loss": 0.91, "validation_accuracy": 0.5, "last_validation_loss": 0.91},
+        "validation_loss": 0.91,
+        "validation_accuracy": 0.5,
+        "last_validation_loss": 0.91,
     }
 
 

@@ -150,7 +150,8 @@ class SweepOptions(LogOptions):
     """Runs that a program trains side by side; as many as fit, if not given, and on a CPU at most
     8, beyond which it gains little."""
     device_memory: Annotated[str | None, arg(metavar="SIZE")] = None
-    """Such as 80GB or 23.5GiB; if not given, the GPU's own, or what this machine has free."""
+    """Such as 80GB or 23.5GiB, for what is foretold of a program; if not given, the GPU's own, or
+    on a CPU half of what the machine has free."""
     halving: Annotated[tuple[int, ...], arg(metavar="STEP")] = ()
     """Steps at which only the best on validation go on (successive halving, arXiv:1502.07943)."""
     halving_keep: float = 0.5
