@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -132,20 +133,20 @@ class Board:
 
     def summary(self) -> str:
         """The sweep in a line."""
-        done, total = sum(one.step for one in self.standings), self.steps * len(self.standings)
+        done = sum(one.step for one in self.standings)
+        left = sum(self.steps - one.step for one in self.standings if one.is_open)
         losses = [one.train for one in self.standings if one.state == "training"]
-        parts = [f"training {done:,}/{total:,}"]
+        parts = [f"training {done:,}/{done + left:,}"]
         if finite := [loss for loss in losses if loss is not None]:
             low, high = f"{min(finite):.3f}", f"{max(finite):.3f}"
             parts.append(f"{len(finite)} runs at loss {low}" + (f" to {high}" * (high != low)))
         if ended := sum(not one.is_open for one in self.standings):
             parts.append(f"{ended} of {len(self.standings)} have ended")
         if (speed := self.speed()) is not None:
-            left = sum(self.steps - one.step for one in self.standings if one.is_open)
             parts += [f"{speed[1]:,.0f} tokens/s", f"ETA {_duration(left / speed[0])}"]
         return "  ".join(parts)
 
-    def table(self) -> Table:
+    def table(self) -> Group:
         """As many runs as there is room for: those that train first, and those that wait last."""
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
         columns = ("run", *self.names, "step", "train loss", "validation loss", "tokens/s", "ETA")
@@ -172,9 +173,8 @@ class Board:
                 Text(one.state, style=STYLES.get(one.state, "yellow")),
             )
         hidden = len(order) - min(room, len(order))
-        table.caption = self.summary() + (f"  ({hidden} runs not shown)" if hidden else "")
-        table.caption_justify = "left"
-        return table
+        summary = self.summary() + (f"  ({hidden} runs not shown)" if hidden else "")
+        return Group(table, Text(summary, no_wrap=True, overflow="ellipsis"))
 
     def end(self, stopped: Sequence[str]) -> None:
         """Notes why each run ended."""

@@ -227,7 +227,7 @@ class SweepProblem:
                 identity=self.identity(),
                 **validation,
             )
-        board.end([one.stopped for one in fitted])
+            board.end([one.stopped for one in fitted])
         return [one._replace(run=run) for one, run in zip(fitted, self.runs, strict=True)]
 
     def identity(self) -> dict[str, Any]:
