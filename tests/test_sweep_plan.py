@@ -101,6 +101,7 @@ def test_as_many_at_once_as_fit_and_evenly():
         ({"at_once": 8}, 5),
         ({"at_once": 99}, 10),
         ({"memory": 4 * group.run_bytes}, 4),
+        ({"memory": 4 * group.run_bytes, "activations": group.run_bytes}, 2),
     ):
         assert lj.sweep.plan(runs, make_adapters, make_tx, **options).groups[0].at_once == expected
 
@@ -114,8 +115,12 @@ def planned(runs=RATES, adapters=make_adapters, tx=make_tx, **options):
     return lj.sweep.plan(runs, adapters, tx, **options)
 
 
-def fitted(batches=(), **options):
-    plan = planned(at_once=1)
+class Sending:
+    needs_folder = True
+
+
+def fitted(batches=(), plan=None, **options):
+    plan = plan or planned(at_once=1)
     return lj.sweep.fit(None, BASE, plan, batches, make_key=None, **{"steps": 2, **options})
 
 
@@ -156,6 +161,16 @@ BAD = {
         lambda: fitted(iter([])),
         "batches is an iterator, which can be gone through once",
     ),
+    "one pass, elsewhere": (
+        lambda: fitted(iter([]), plan=planned(RATES[:1]), executor=object()),
+        "batches is an iterator, which can be gone through once",
+    ),
+    "no folder": (lambda: fitted(save_every=5), "save_every is 5, but there is no folder to save"),
+    "no folder for retries": (
+        lambda: fitted(executor=Sending()),
+        "the executor has a group whose worker died go on from its last save, and there is no",
+    ),
+    "never saved": (lambda: fitted(folder="never made", save_every=0), "save_every is 0, expected"),
     "halving too late": (
         lambda: fitted(validation=[0], halving=lj.sweep.Halving(at=(2,))),
         "halving is at step 2, expected one before steps=2",

@@ -54,7 +54,7 @@ def adapt(fn: Callable, *, strict: bool = True, fold: bool | None = None) -> Cal
       >>> apply = lj.adapt(model.apply)
       >>> logits = apply({"params": lj.combine(base, adapters)}, tokens)
     """
-    traces: collections.OrderedDict[Any, _Trace] = collections.OrderedDict()
+    traces = _Traces()
 
     @functools.wraps(fn)
     def adapted(tree: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +210,15 @@ class _Trace:
         return self.rebuild([rewrite.returned(x) for x in outputs])
 
 
-def _call(fn: Callable, rewrite: Rewrite, traces: Any, args: tuple, kwargs: dict) -> Any:
+class _Traces(collections.OrderedDict[Any, _Trace]):
+    """Traces of a function, by its arguments' kinds; the last one used is last."""
+
+    def __reduce__(self) -> Any:
+        # They belong to a process; a function that is sent to another begins without.
+        return _Traces, ()
+
+
+def _call(fn: Callable, rewrite: Rewrite, traces: _Traces, args: tuple, kwargs: dict) -> Any:
     arguments = _Arguments.of(args, kwargs)
     _check_meshes(arguments)
     key = arguments.key()

@@ -23,13 +23,15 @@
 `loss_fn(adapters, base, batch, key)` is that of `lj.train.fit`. What differs between runs by a
 number (rank, alpha, learning rate, seed, dropout, targets, ...) is batched into one program with
 `jax.vmap` over the small tree, beside one shared base; what changes the program makes groups. A run
-does not depend on those beside it, and equals the same run alone.
+does not depend on those beside it, and equals the same run alone. With `folder=` a sweep that was
+killed goes on where it was; with `executor=` its groups are trained by other threads or machines.
 """
 
 from lora_jax.sweep.fields import grid
 from lora_jax.sweep.groups import Group, Plan, plan
 from lora_jax.sweep.padding import stack
 from lora_jax.sweep.places import Batches, Stopped
+from lora_jax.sweep.ray import ray_executor
 from lora_jax.sweep.stages import Fitted, Halving, fit
 from lora_jax.sweep.work import Executor
 
@@ -44,5 +46,6 @@ __all__ = [
     "fit",
     "grid",
     "plan",
+    "ray_executor",
     "stack",
 ]

@@ -37,8 +37,8 @@ class Group:
       runs: their numbers in the plan.
       like: what holds the adapters of any of them, abstract: the largest rank of each leaf.
       at_once: how many of them the program trains side by side.
-      run_bytes: what one of them keeps on the device for itself: adapters, the last good ones, the
-        optimizer's state, and a gradient. Activations come on top.
+      run_bytes: what one of them needs of the device for itself: adapters, the last good ones, the
+        optimizer's state, a gradient, and the activations that `plan` was told of.
     """
 
     runs: tuple[int, ...]
@@ -92,6 +92,7 @@ def plan(
     static: Sequence[str] = (),
     at_once: int | None = None,
     memory: int | None = None,
+    activations: int = 0,
 ) -> Plan:
     """Sorts runs into programs. Nothing is compiled yet, and whatever is wrong is said here.
 
@@ -106,7 +107,8 @@ def plan(
       static: fields that `make_tx` must have as Python numbers, such as one that it branches on.
         Runs that differ in what comes of them are in different groups.
       at_once: how many runs a program trains side by side; None for all, or as many as fit.
-      memory: bytes of the device for what each run keeps for itself; None for no limit.
+      memory: bytes of the device for what each run needs for itself; None for no limit.
+      activations: bytes that a step of one run takes beside its adapters and optimizer.
 
     Returns:
       The plan, for `fit`.
@@ -134,7 +136,7 @@ def plan(
     groups = []
     for part in unsized:
         like = padding.union([own[k] for k in part])
-        size = _run_bytes(like, make_tx, runs[part[0]])
+        size = _run_bytes(like, make_tx, runs[part[0]]) + activations
         groups.append(Group(tuple(part), like, _at_once(len(part), size, at_once, memory), size))
     return Plan(runs, own, make_adapters, make_tx, traced, tuple(groups))
 

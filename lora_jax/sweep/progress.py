@@ -164,7 +164,7 @@ class Progress:
     def _read(self, file: Path) -> tuple[dict[str, Any], list[Entry]]:
         """The record of a file, and its runs."""
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 record = json.loads(arrays["record"].tobytes())
                 return record, [self._entry(x, arrays) for x in record["entries"]]
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
