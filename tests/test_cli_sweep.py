@@ -32,6 +32,8 @@ GRID = {
     "save_every": 2,
     "validation_examples": 16,
 }
+# Where equal bits are claimed, it is of the same programs, compiled twice in the same way.
+pytestmark = pytest.mark.compiled_quickly
 SETUP = "import lora_jax as lj\nfrom lora_jax.cli.sweep import Run\n"
 
 
