@@ -16,9 +16,9 @@ from tiny_runs import OPTIONS, arguments, one_sentence, records, write_files
 
 import lora_jax as lj
 from lora_jax.cli import main, sweep_board
-from lora_jax.cli.failures import Interrupted
+from lora_jax.cli.failures import CliError, Interrupted
 from lora_jax.cli.options import ModelOptions
-from lora_jax.cli.problem import load_model
+from lora_jax.cli.problem import load_adapter, load_model
 
 # Two ranks that learn at one rate and diverge at the other, all in one program.
 GRID = {
@@ -188,6 +188,18 @@ def test_it_goes_on_after_an_interruption(done, files, tmp_path, monkeypatch, ca
         )
         for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+def test_its_runs_are_runs(done, capsys):
+    assert main(["inspect", str(done / "runs" / "004")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"rank +8\n", said)
+    assert re.search(r"stopped +done\n", said)
+    assert "layers/attn/q_proj/kernel  r=8, scale 4" in said
+    assert main(["inspect", str(done)]) == 2
+    assert "is a sweep's folder; write that of one of its runs" in one_sentence(capsys.readouterr())
+    with pytest.raises(CliError, match="is a sweep's folder; write that of one of its runs"):
+        load_adapter(done, None)
 
 
 def test_a_finished_sweep_is_left_alone(done, files, capsys):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_jax.cli.failures import CliError, on_interrupt, sentences
 from lora_jax.cli.parsing import from_values, given, to_json
@@ -18,7 +18,7 @@ from lora_jax.cli.sweep_config import Config, GridOptions, Run, read_file, share
 from lora_jax.cli.sweep_folder import SweepFolder
 from lora_jax.cli.sweep_problem import SweepProblem, halving
 from lora_jax.cli.sweep_report import Findings, draw, write_report
-from lora_jax.sweep import results
+from lora_jax.sweep import Fitted, results
 
 __all__ = ["Config", "Run", "run", "start"]
 
@@ -27,8 +27,7 @@ FIELDS = [field.name for field in dataclasses.fields(Run)]
 
 def start(argv: Sequence[str]) -> Config | None:
     """What the options are that are not given: the file's, the default run's, or their own."""
-    words = itertools.pairwise(["", *argv])
-    path = next((y for x, y in words if y.endswith(".py") and not x.startswith("-")), None)
+    path = next((word for word in argv if word.endswith(".py")), None)
     if path is None:
         own_data = given(argv, "data") not in (None, SATIRE.data.data)
         return None if own_data else shared_with(SATIRE)
@@ -87,38 +86,50 @@ def run(config: Config) -> int:
         names = results.varying([vars(one) for one in runs], FIELDS)
         board = Board(reporter, runs, config.training.steps, names)
         fitted = problem.fit(plan, folder, board)
-        tested = problem.test(fitted, reporter)
-        rows = [
-            {
-                **row,
-                "seconds": round(board.standings[k].seconds, 2),
-                **{f"test_{name}": value for name, value in tested.get(k, {}).items()},
-            }
-            for k, row in enumerate(results.result_rows(fitted))
-        ]
-        for number, arrived in enumerate(fitted):
-            if arrived.adapters is not None:
-                own, rules = problem.config.of_run(runs[number]), problem.rules(runs[number])
-                folder.save_run(number, own, arrived.adapters, rules)
-        found = Findings.of(rows, FIELDS)
+        rows = table_of(fitted, problem.test(fitted, reporter), board)
+        save_runs(fitted, rows, problem, folder)
         history = results.history_rows(fitted)
         folder.write_tables(rows, history)
-        with folder.writing():
-            pictures = draw(folder.path, found, rows, history)
+        found = Findings.of(rows, FIELDS)
         summary = {
             **found.summary(),
-            "stopped": {str(k): row["stopped"] for k, row in enumerate(rows)},
+            "stopped": [row["stopped"] for row in rows],
             "seconds": round(time.perf_counter() - started, 1),
             "peak_gib": peak_gib(),
         }
         with folder.writing():
+            pictures = draw(folder.path, found, rows, history)
             write_report(folder.path, found, rows, pictures, summary)
         folder.write_json("result.json", summary)
+    minutes, seconds = divmod(round(summary["seconds"]), 60)
     reporter.say()
     reporter.table(*found.table())
     reporter.event("done", folder=folder.path, **summary)
-    minutes, seconds = divmod(round(summary["seconds"]), 60)
     reporter.say()
     reporter.say(f"Done in {minutes} min {seconds} s; {folder.path} holds:")
     reporter.say(folder.contents())
     return 0
+
+
+def table_of(
+    fitted: Sequence[Fitted], tests: Mapping[int, Mapping[str, float]], board: Board
+) -> list[dict[str, Any]]:
+    """A row for each run, with its time and its test."""
+    rows = results.result_rows(fitted)
+    for number, row in enumerate(rows):
+        row["seconds"] = round(board.standings[number].seconds, 2)
+        row |= {f"test_{name}": value for name, value in tests.get(number, {}).items()}
+    return rows
+
+
+def save_runs(
+    fitted: Sequence[Fitted],
+    rows: Sequence[results.Row],
+    problem: SweepProblem,
+    folder: SweepFolder,
+) -> None:
+    """Saves each run that has an adapter."""
+    for one, row in zip(fitted, rows, strict=True):
+        if one.adapters is not None:
+            rules = problem.rules(one.run)
+            folder.save_run(row, problem.config.of_run(one.run), one.adapters, rules)

@@ -95,7 +95,8 @@ class Board:
         """Notes the numbers of a run's step, or of an evaluation."""
         own, now = self.standings[number], time.perf_counter()
         name = "step" if "loss" in metrics else "validation"
-        self.reporter.event(name, run=number, step=step, **metrics)
+        values = {k: x if math.isfinite(x) else None for k, x in metrics.items()}  # as JSON has it
+        self.reporter.event(name, run=number, step=step, **values)
         if name == "validation":
             own.validation = metrics["validation/loss"]
             return

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lora_jax.checkpoint import save_adapters
@@ -106,14 +105,17 @@ class SweepFolder(RunFolder):
                 results.write_parquet(self.path / f"{name}.parquet", table)
 
     def save_run(
-        self, number: int, config: run_config.Config, adapters: Any, rules: Sequence[LoraRule]
+        self, row: results.Row, config: run_config.Config, adapters: Any, rules: Sequence[LoraRule]
     ) -> None:
-        """Saves a run's adapter and options, as a folder of `finetune` has them."""
-        folder = RunFolder(self.path / run_name(number), "finetune")
+        """Saves a run's adapter, options and outcome, as a folder of `finetune` has them."""
+        folder = RunFolder(self.path / "runs" / f"{row['run']:03d}", "finetune")
         with self.writing():
             folder.path.mkdir(parents=True, exist_ok=True)
             save_adapters(folder.path / "checkpoint", adapters, rules=rules)
         folder.write_config(config)
+        known = vars(config.adapter).keys() | vars(config.training).keys() - {"steps"}
+        result = {name: value for name, value in row.items() if name not in known}
+        folder.write_json("result.json", result)
 
     def contents(self) -> str:
         """What is in the folder, a line each."""
@@ -126,8 +128,3 @@ def described(config: Config, runs: Sequence[Run]) -> dict[str, Any]:
     """A sweep as JSON has it."""
     values = {"command": "sweep", "options": to_json(config), "runs": list(map(vars, runs))}
     return json.loads(json.dumps(values, default=str))
-
-
-def run_name(number: int) -> Path:
-    """Where a run is in the sweep's folder."""
-    return Path("runs") / f"{number:03d}"

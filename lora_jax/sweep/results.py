@@ -99,7 +99,8 @@ def result_rows(fitted: Sequence[Fitted]) -> list[dict[str, Any]]:
     for number, one in enumerate(fitted):
         steps = [metrics for _, metrics in one.history if "loss" in metrics]
         evaluations = [metrics for _, metrics in one.history if "validation/loss" in metrics]
-        last = [metrics["loss"] for metrics in steps][-max(1, len(steps) // 10) :]
+        losses = [metrics["loss"] for metrics in steps[: one.step]]  # not the one that is no number
+        last = losses[-max(1, len(losses) // 10) :]
         rows.append(
             {
                 "run": number,
