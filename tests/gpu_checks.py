@@ -50,7 +50,8 @@ def golden_differences() -> Iterator[dict[str, Any]]:
         decoded = np.asarray(jax.jit(lj.dequantize)(theirs))
         expected = field("decoded")
         codes = int((np.asarray(ours.codes) != field("codes")).sum())
-        differing = int((decoded.view(expected.dtype) != expected).sum())
+        # Values, not bits: the file was made on a CPU, where the zeros of FP4 have another sign.
+        differing = int((decoded != expected.view(decoded.dtype)).sum())
         yield {"golden": name, "values": decoded.size, "codes": codes, "differences": differing}
 
 
@@ -69,14 +70,11 @@ def gguf_differences() -> Iterator[dict[str, Any]]:
 
 
 def bitsandbytes_differences(device: str) -> dict[str, Any]:
-    """How random weights decode, against bitsandbytes' own kernels on a device.
-
-    Equal values may still have other bits: those of a zero with the other sign are counted apart.
-    """
+    """How many random weights decode to other bits than by bitsandbytes' kernels on a device."""
     import bitsandbytes.functional as functional
     from bitsandbytes_weights import bits, in_numpy, random_state
 
-    names = ("values", "over row ends", "odd", "differences", "signs of zeros")
+    names = ("values", "over row ends", "odd", "differences")
     counts, differing = dict.fromkeys(names, 0), []
     for seed in range(WEIGHTS):
         codes, state, tensors = random_state(seed, device)
@@ -84,13 +82,12 @@ def bitsandbytes_differences(device: str) -> dict[str, Any]:
         ours = np.asarray(jax.jit(lj.dequantize)(q))
         theirs = in_numpy(functional.dequantize_4bit(codes, state)).reshape(ours.shape)
         assert ours.dtype == theirs.dtype
-        values = int((ours != theirs).sum())
-        signs = int((bits(ours) != bits(theirs)).sum()) - values
-        found = (q.size, int(q.is_flat), q.size % 2, values, signs)
+        differences = int((bits(ours) != bits(theirs)).sum())
+        found = (q.size, int(q.is_flat), q.size % 2, differences)
         counts = {name: counts[name] + n for name, n in zip(names, found, strict=True)}
-        if values or signs:
+        if differences:
             described = (seed, q.kind, str(q.dtype), *q.shape, q.block_size, bool(state.nested))
-            differing.append((*described, values, signs))
+            differing.append((*described, differences))
     return {"bitsandbytes": device, "weights": WEIGHTS, **counts, "in": differing}
 
 

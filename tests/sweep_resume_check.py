@@ -140,9 +140,11 @@ def outcome(found: Iterable[lj.sweep.Fitted]) -> list[Any]:
 
 def begun(folder: Path, batches: str) -> subprocess.Popen:
     """The sweep as a process of its own, which prints a line for each row that is told of."""
+    # As many devices as here, so that what was compiled here serves there.
+    devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
     return subprocess.Popen(
         [sys.executable, __file__, "--sweep", str(folder), "--batches", batches],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, **devices},
         stdout=subprocess.PIPE,
     )
 

@@ -150,7 +150,7 @@ def test_a_layer_saves_what_jax_keeps_of_it(policy, attention, dtype, monkeypatc
 
 
 def test_policies_are_those_of_the_decoder():
-    assert {*memory.POLICIES, "layer-offloaded"} == set(NAMED)
+    assert {*memory.POLICIES, "attended", "layer-offloaded", "attended-offloaded"} == set(NAMED)
     saved = [
         memory.predict(Setup(LLAMA, remat=policy)).moments[0].activations
         for policy in memory.POLICIES

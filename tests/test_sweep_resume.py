@@ -170,3 +170,6 @@ def test_a_damaged_file_is_named(tmp_path):
         (tmp_path / "run-0.npz").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"run-0.npz is damaged or of another sweep: .*remove"):
             progress.find()
+    (tmp_path / "run-0.npz").unlink()
+    with pytest.raises(ValueError, match=r"run-0.npz is damaged or of another sweep: .*remove"):
+        progress.find()

@@ -28,6 +28,18 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.models.families import from_hf
 from lora_jax.models.shapes import SHAPES
 
+Remat = Literal[
+    "none",
+    "products",
+    "attention",
+    "stream",
+    "layer",
+    "attended",
+    "layer-offloaded",
+    "attended-offloaded",
+    "auto",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
@@ -50,10 +62,7 @@ class StepOptions:
     """Parts in which a batch is computed, one after the other."""
     optimizer: Literal["adamw", "adamw-bfloat16", "momentum", "sgd"] = "adamw"
     """What keeps a state: two moments of each gradient, the first one in bfloat16, one, or none."""
-    remat: (
-        Literal["none", "products", "attention", "stream", "layer", "layer-offloaded", "auto"]
-        | None
-    ) = None
+    remat: Remat | None = None
     """What is saved for the backward pass; auto for the most that fits. All of them are listed,
     if not given."""
     scan: bool = True

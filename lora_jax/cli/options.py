@@ -79,13 +79,15 @@ class ModelOptions:
         "attention",
         "stream",
         "layer",
+        "attended",
         "layer-offloaded",
+        "attended-offloaded",
         "nothing_saveable",
         "dots_saveable",
     ] = "none"
     """What to save for the backward pass instead of everything: trades time for memory. auto is the
-    first of products, attention, stream and layer that fits the device; layer-offloaded keeps the
-    inputs of layers in the host's memory."""
+    first of products, attention, stream and layer that fits the device; attended is for long rows;
+    those that are offloaded keep the inputs of layers in the host's memory."""
 
     @classmethod
     def of_run(cls, folder: str | None) -> ModelOptions:

@@ -62,7 +62,7 @@ def codebook(kind: str, block_size: int) -> np.ndarray:
         levels = np.array(NF4, np.float32)
     elif kind == "fp4":
         positive = np.array(FP4_MAGNITUDES, np.float32) / np.float32(12)
-        levels = np.concatenate([positive, 0 - positive])  # code 8 is +0, as bitsandbytes has it
+        levels = np.concatenate([positive, 0 - positive])  # code 8 is +0, as in bitsandbytes' own
     elif kind == "int4":
         levels = np.array(INT4, np.float32)
     elif kind == "q4_0":
@@ -74,6 +74,21 @@ def codebook(kind: str, block_size: int) -> np.ndarray:
     else:
         raise ValueError(f"kind {kind!r} is unknown; write one of {', '.join(map(repr, KINDS))}")
     levels.setflags(write=False)
+    return levels
+
+
+@functools.lru_cache
+def cuda_codebook(kind: str, block_size: int) -> np.ndarray:
+    """`codebook` with FP4's second zero as bitsandbytes' CUDA kernels decode it.
+
+    Code 8 is a sign bit and nothing else. They make -0.0 of it, while bitsandbytes' table and the
+    CPU kernels that read it say 0.0; decoding follows either where either runs.
+    """
+    levels = codebook(kind, block_size)
+    if kind == "fp4":
+        levels = levels.copy()
+        levels[8] = -0.0
+        levels.setflags(write=False)
     return levels
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from lora_jax.core.codebooks import codebook, scale_codebook
+from lora_jax.core.codebooks import codebook, cuda_codebook, scale_codebook
 from lora_jax.core.leaves import QuantizedArray
 from lora_jax.kernels.lookup import look_up
 from lora_jax.kernels.xla import GROUP, _product_then_sum
@@ -101,6 +101,11 @@ def _parts(q: QuantizedArray) -> Parts:
     return parts
 
 
+def _levels(q: QuantizedArray, interpret: bool) -> np.ndarray:
+    """The sixteen levels, as the backend that runs a kernel has them: interpreted, it is a CPU."""
+    return (codebook if interpret else cuda_codebook)(q.kind, q.block_size)
+
+
 def _whole(x: Any, rows: int | None = None) -> pl.BlockSpec:
     """All of an array; its first axis as if it had `rows`, of which loads mask the surplus."""
     shape = x.shape if rows is None else (rows, *x.shape[1:])
@@ -128,7 +133,7 @@ def decode(q: QuantizedArray, tiling: Tiling, *, interpret: bool = False) -> jax
             parts[name] = parts[name].reshape(total)
     padded = pl.cdiv(total, n) * n
     specs = _part_specs(parts, padded)
-    levels = codebook(q.kind, g)
+    levels = _levels(q, interpret)
 
     def kernel(codes_ref: Any, parts: Parts, out_ref: Any) -> None:
         first = pl.program_id(0) * n
@@ -220,7 +225,7 @@ def decode_folded(
     b = jnp.pad(b, ((0, padded - out), (0, rank - b.shape[1])))
     parts = _parts(q)
     specs = _part_specs(parts, padded)
-    levels = codebook(q.kind, g)
+    levels = _levels(q, interpret)
 
     def kernel(codes_ref: Any, a_ref: Any, b_ref: Any, parts: Parts, out_ref: Any) -> None:
         at, row, mask = _tile(rows, out)
@@ -282,7 +287,7 @@ def matmul(
         member = np.arange(inn // 2)[:, None] // h % blocks == np.arange(blocks)
         x = jnp.where(member[:, :, None], x[:, :, None, :], 0).reshape(2, inn // 2, columns)
     parts = _parts(q)
-    levels = codebook(q.kind, g)
+    levels = _levels(q, interpret)
 
     def kernel(x_ref: Any, codes_ref: Any, parts: Parts, out_ref: Any) -> None:
         at, row, mask = _tile(rows, out)
@@ -340,7 +345,7 @@ def matvec(
     blocks, _, steps = _divided(q, tiling)
     x = x.astype(jnp.float32).reshape(m, inn // 2, 2).transpose(0, 2, 1)
     parts = _parts(q)
-    levels = codebook(q.kind, g)
+    levels = _levels(q, interpret)
 
     def kernel(x_ref: Any, codes_ref: Any, parts: Parts, out_ref: Any) -> None:
         at, row, mask = _tile(rows, out)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.core.codebooks import codebook, scale_codebook
+from lora_jax.core.codebooks import codebook, cuda_codebook, scale_codebook
 from lora_jax.core.leaves import QuantizedArray, from_matrix
 from lora_jax.core.placement import on_device
 
@@ -134,10 +134,17 @@ def _levels_times_scales(
     codes = jax.lax.optimization_barrier(codes)
     nibbles = jax.lax.bitcast_convert_type((codes << 4) | (codes >> 4), jnp.uint4)
     nibbles = nibbles.reshape(*codes.shape[:-1], -1, q.block_size).astype(jnp.uint8)
-    levels = jnp.asarray(codebook(q.kind, q.block_size))[nibbles]
+    levels = _levels(q)[nibbles]
     scales = scales.astype(jnp.float32)[..., None]
     if minimum is None:
         values = levels * scales
     else:
         values = _product_then_sum(levels, scales, minimum.astype(jnp.float32)[..., None])
     return values.reshape(*codes.shape[:-1], -1).astype(q.dtype)
+
+
+def _levels(q: QuantizedArray) -> jax.Array:
+    here, on_cuda = (jnp.asarray(book(q.kind, q.block_size)) for book in (codebook, cuda_codebook))
+    if q.kind != "fp4":
+        return here
+    return jax.lax.platform_dependent(cuda=lambda: on_cuda, default=lambda: here)

@@ -14,7 +14,8 @@ from lora_jax.core.codebooks import KINDS
 Method = Literal["full", "lora", "qlora"]
 Optimizer = Literal["adamw", "adamw-bfloat16", "momentum", "sgd"]
 POLICIES = ("products", "attention", "stream", "layer")  # the one that repeats least comes first
-OFFLOADED = "layer-offloaded"  # to be asked for: what the host has left is not known here
+# To be asked for: which is the better depends on the length, or on what the host has left.
+ASKED_FOR = ("attended", "layer-offloaded", "attended-offloaded")
 
 PROJECTIONS = r"_proj/kernel"
 
@@ -91,7 +92,7 @@ class Setup:
       optimizer: `"adamw"`; `"adamw-bfloat16"`, whose mean of gradients is in bfloat16 (optax's
         `mu_dtype`); `"momentum"`; or `"sgd"`, which keeps nothing.
       remat: None, or a policy of `lora_jax.models.remat`: `"products"`, `"attention"`, `"stream"`,
-        `"layer"` or `"layer-offloaded"`.
+        `"layer"`, `"attended"`, `"layer-offloaded"` or `"attended-offloaded"`.
       scan: whether layers are scanned.
       chunk: positions whose logits are held at once; None for all.
       attention: `"cudnn"`, which never holds the products of queries and keys, or `"xla"`.
@@ -136,7 +137,7 @@ class Setup:
         for name, known in (
             ("method", get_args(Method)),
             ("optimizer", get_args(Optimizer)),
-            ("remat", (None, *POLICIES, OFFLOADED)),
+            ("remat", (None, *POLICIES, *ASKED_FOR)),
             ("attention", ("cudnn", "xla")),
             ("kind", tuple(KINDS)),
         ):
@@ -174,6 +175,11 @@ class Setup:
     def tokens(self) -> int:
         """T, tokens that are computed at once."""
         return self.rows * self.length
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the layers' inputs wait in the host's memory."""
+        return self.remat is not None and self.remat.endswith("-offloaded")
 
     @property
     def itemsize(self) -> int:

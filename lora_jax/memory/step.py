@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_jax.core.folded import least_rows
-from lora_jax.memory.setup import OFFLOADED, Setup
+from lora_jax.memory.setup import Setup
 from lora_jax.memory.trees import packed_bytes, weights
 
 WORKSPACE = 32 * 2**20  # that cuBLAS is given on Hopper
@@ -110,11 +110,11 @@ def saved_bytes(setup: Setup) -> int:
         arrays = 11 * d + 6 * f if setup.scan else 4 * d + 3 * f
         hidden = 7 * setup.tokens * setup.rank * setup.itemsize  # between the factors of adapters
         return arrays + 2 * q + 2 * k + 2 * heads + statistics + _score_bytes(setup) + hidden
-    if setup.remat == OFFLOADED:
-        return 0
-    saved = d
-    if setup.remat != "layer":
+    saved = 0 if setup.offloads else d
+    if setup.remat in ("stream", "attention", "products"):
         saved += d  # between attention and MLP
+    if setup.remat in ("attended", "attended-offloaded"):
+        saved += q + statistics
     if setup.remat in ("attention", "products"):
         saved += 2 * q + 2 * k + statistics + heads  # what goes into attention, what comes out
     if setup.remat == "products":
@@ -124,9 +124,7 @@ def saved_bytes(setup: Setup) -> int:
 
 def inputs_on_host(setup: Setup) -> int:
     """What the layers save of their inputs in the host's memory."""
-    if setup.remat != OFFLOADED:
-        return 0
-    return setup.shape.num_layers * _Widths.of(setup).d
+    return setup.shape.num_layers * _Widths.of(setup).d if setup.offloads else 0
 
 
 def _score_bytes(setup: Setup) -> int:
@@ -167,13 +165,15 @@ def _recomputed(setup: Setup, widths: _Widths) -> int:
     d, _, q, k, statistics = widths
     attention = 2 * q + 2 * k + statistics  # what goes into it, and what comes out
     again = {
-        OFFLOADED: 4 * d + attention,  # the input, that came back, and as below
         "layer": 3 * d + attention,  # the normed inputs of attention and MLP, the stream between
+        "attended": 3 * d + attention,
         "stream": 2 * d + attention,
         "attention": d,
         "products": 0,
         None: 3 * d if setup.scan else 0,
-    }[setup.remat]
+    }[setup.remat.removesuffix("-offloaded") if setup.remat else None]
+    if setup.offloads:
+        again += d  # the input, that came back
     if setup.scan and setup.remat in ("attention", "products", None):
         # A kernel cannot read out of a stack what was saved for it, either: that is copied.
         again += attention

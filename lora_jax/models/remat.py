@@ -7,10 +7,12 @@ bfloat16:
     policy       saved                                                 KiB    products repeated
     "layer"      the layer's input                                       8    all but down_proj
     "stream"     and the residual stream between attention and MLP      16    the same less o_proj
-    "attention"  and queries, keys, values, what attention made of them  36    gate_proj, up_proj
+    "attended"   the input, and what attention made of it               16    those of "layer"
+    "attention"  "stream", queries, keys, values, what they made         36    gate_proj, up_proj
     "products"   and outputs of gate_proj and up_proj                   92    none
 
-"layer-offloaded" is "layer" with the input in the host's pinned memory, and nothing on the device.
+Attention's own arithmetic, which grows with the square of the length, is repeated by "layer" and by
+"stream". With "-offloaded" behind its name a policy has the input in the host's pinned memory.
 
 The older names of `jax.checkpoint_policies` are taken as well.
 """
@@ -28,9 +30,11 @@ _PRODUCTS = ("gate", "up", "routed", "update")
 NAMED: dict[str, tuple[str, ...]] = {
     "layer": (),
     "stream": ("stream",),
+    "attended": ("attended",),
     "attention": ("stream", *_ATTENTION),
     "products": ("stream", *_ATTENTION, *_PRODUCTS),
     "layer-offloaded": (),
+    "attended-offloaded": ("attended",),
 }
 # What `DecoderConfig.remat` may name.
 POLICIES = (
@@ -53,15 +57,13 @@ def policy(name: str) -> Callable[..., Any]:
     """The policy of this name, as `jax.checkpoint` takes it."""
     if name not in NAMED:
         return getattr(jax.checkpoint_policies, name)
-    if name == "layer-offloaded":
-        return jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=(),
-            names_which_can_be_offloaded=("input",),
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
     names = NAMED[name]
-    by_name = jax.checkpoint_policies.save_only_these_names(*names)
+    by_name = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=names,
+        names_which_can_be_offloaded=("input",) if name.endswith("-offloaded") else (),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
     def saves(primitive: Any, *args: Any, **params: Any) -> Any:
         if primitive.name in _FUSED_ATTENTION:

@@ -190,10 +190,10 @@ class Round:
 
     def _enter(self, entering: dict[int, Entry]) -> None:
         """Runs go to places, from where they are: the start, another stage, or a save."""
-        for place, entry in entering.items():
-            self.places[place] = entry
         if not entering:
             return
+        for place, entry in entering.items():
+            self.places[place] = entry
         if callable(self.batches):
             for place, entry in entering.items():
                 self.streams[place] = _stream(self.batches(entry.run), entry)

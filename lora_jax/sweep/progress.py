@@ -167,7 +167,7 @@ class Progress:
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 record = json.loads(arrays["record"].tobytes())
                 return record, [self._entry(x, arrays) for x in record["entries"]]
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{file} is damaged or of another sweep: {shown(str(error))}; remove "
                 f"{self.folder}, and its runs are trained again"

@@ -91,7 +91,7 @@ def _imported() -> Any:
 def _results(ray: Any, waiting: list[Any]) -> Iterator[Any]:
     try:
         for reference in waiting:
-            yield ray.get(reference)
+            yield ray.cloudpickle.loads(ray.get(reference))
     finally:  # also if one failed, or nobody wants the others any more
         for reference in waiting:
             ray.cancel(reference, force=True)
@@ -100,10 +100,11 @@ def _results(ray: Any, waiting: list[Any]) -> Iterator[Any]:
 # In a worker.
 
 
-def _call(config: dict[str, Any], sent: list[Any], task: Any) -> Any:
+def _call(config: dict[str, Any], sent: list[Any], task: Any) -> bytes:
     for name, value in config.items():
         jax.config.update(name, value)
-    return _fetched(sent[0])(task)
+    # As bytes, which the caller unpacks: arrays of its own, and none in memory that Ray may close.
+    return _imported().cloudpickle.dumps(_fetched(sent[0])(task))
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lora_jax.files import shown
 from lora_jax.sweep import padding, progress
 from lora_jax.sweep.groups import Plan
 from lora_jax.sweep.places import Batches, Entry, Evaluation, Metrics, Stopped
@@ -147,7 +148,7 @@ def fit(
             "validation": len(validation),
             "evaluate_every": evaluate_every,
             "patience": patience,
-            "halving": None if halving is None else [halving.at, halving.keep],
+            "halving": None if halving is None else [list(halving.at), halving.keep],
             "identity": identity or {},
         }
         folder = Path(folder).absolute()
@@ -209,7 +210,9 @@ def _check_folder(folder: Any, save_every: int | None, identity: Any, executor: 
         raise ValueError(f"save_every is {save_every}, expected at least 1")
     for name, value in {"save_every": save_every, "identity": identity}.items():
         if folder is None and value is not None:
-            raise ValueError(f"{name} is {value!r}, but there is no folder to save to; give one")
+            raise ValueError(
+                f"{name} is {shown(value)}, but there is no folder to save to; give one"
+            )
     if folder is None and getattr(executor, "needs_folder", False):
         raise ValueError(
             "the executor has a group whose worker died go on from its last save, and there is no "
