@@ -34,7 +34,7 @@ GRID = {
 }
 # Where equal bits are claimed, it is of the same programs, compiled twice in the same way.
 pytestmark = pytest.mark.compiled_quickly
-SETUP = "import lora_jax as lj\nfrom lora_jax.cli.sweep import Run\n"
+SETUP = "import numpy as np, lora_jax as lj\nfrom lora_jax.cli.sweep import Run\n"
 
 
 def sweep(*first: str, **options) -> list[str]:
@@ -214,7 +214,7 @@ def test_the_plan_of_a_file(files, tmp_path, capsys):
     path.write_text(
         SETUP
         + "runs = lj.sweep.grid(Run(targets='attn/.*/kernel'), rank=[1, 4], seed=range(3))\n"
-        + "runs.append(Run(schedule='linear', rslora=True))\n"
+        + "runs.append(Run(schedule='linear', rslora=True, learning_rate=np.float32(0.5)))\n"
         + "options = {'steps': 5, 'rows': 2}\n"
     )
     unsaid = dict.fromkeys(("rank", "learning_rate", "seed", "warmup", "targets", "steps", "rows"))
@@ -260,6 +260,8 @@ FILES = [
     ("runs = lj.sweep.grid(Run(), rnk=[1])", "Run has no field 'rnk'; it has targets, rank"),
     ("runs = [Run(), nonsense]", r"runs.py, line 3: NameError: name 'nonsense'"),
     ("runs = [", "SyntaxError"),
+    ("runs = [Run(rank='a')]", "has \"a\" for 'rank', expected a whole number"),
+    ("runs = [Run(learning_rate=None)]", "has null for 'learning_rate', expected a number"),
     ("runs = [Run()]\noptions = {'stepz': 3}", "has an option 'stepz', and there is none; write"),
     ("runs = [Run()]\noptions = {'rank': 3}", "has the runs; write rank in these"),
 ]

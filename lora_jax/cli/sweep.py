@@ -38,8 +38,8 @@ def start(argv: Sequence[str]) -> Config | None:
     chosen = {name: given(argv, name) or options.get(name) for name in ("data", "task")}
     values = {**options, **{name: value for name, value in chosen.items() if value is not None}}
     if chosen["data"] in (None, SATIRE.data.data):
-        values = {**to_json(shared_with(SATIRE)), **values}
-    return from_values(Config, json.loads(json.dumps(values, default=str)), Path(path))
+        values = {**json.loads(json.dumps(to_json(shared_with(SATIRE)))), **values}
+    return from_values(Config, values, Path(path))
 
 
 def run(config: Config) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import runpy
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,7 @@ from lora_jax.cli.options import (
     TrainingOptions,
     at_least,
 )
+from lora_jax.cli.parsing import from_values
 from lora_jax.sweep import grid
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -247,7 +249,7 @@ class SweepFile:
 
     Attributes:
       runs: its runs, in order.
-      options: those of the command line, by name.
+      options: those of the command line, by name, as JSON has them.
     """
 
     runs: Sequence[Run]
@@ -259,7 +261,7 @@ def read_file(path: Path) -> SweepFile:
     """Runs a file.
 
     Raises:
-      CliError: if there is none, it raises, or it has no list of runs.
+      CliError: if there is none, it raises, it has no list of runs, or one that cannot be.
     """
     if not path.is_file():
         raise CliError(f"there is no file {str(path)!r}; write a Python file that has runs.")
@@ -278,4 +280,10 @@ def read_file(path: Path) -> SweepFile:
         )
     if not isinstance(options, dict):
         raise CliError(f"{path} has options = {options!r:.80}, expected a dictionary by name.")
-    return SweepFile(runs, options)
+    return SweepFile([from_values(Run, _plain(vars(run)), path) for run in runs], _plain(options))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them; what NumPy counted is a number, too."""
+    text = json.dumps(values, default=lambda x: x.item() if hasattr(x, "item") else str(x))
+    return json.loads(text)

@@ -115,7 +115,7 @@ class SweepProblem:
         """What is adapted in a run."""
         return rules_for(self.config.of_run(run).rule, self.model.base)
 
-    def bytes_of(self, group: sweep.Group, at_once: int) -> int | None:
+    def program_bytes(self, group: sweep.Group, at_once: int) -> int | None:
         """What a program takes, base included; None if that is not foretold for its policy."""
         largest = max((self.runs[k] for k in group.runs), key=lambda run: run.rank)
         try:
@@ -139,7 +139,7 @@ class SweepProblem:
             while most > 1 and not self._fits(group, most, limit):
                 most -= 1
             if not self._fits(group, most, limit) or (wanted and most < first):
-                needed = self.bytes_of(group, first) or 0
+                needed = self.program_bytes(group, first) or 0
                 raise CliError(
                     f"program {number} needs about {needed / 2**30:.3g} GiB for {first} runs at "
                     f"once, and there are {(limit or 0) / 2**30:.3g}; "
@@ -156,14 +156,14 @@ class SweepProblem:
         return dataclasses.replace(plan, groups=tuple(groups))
 
     def _fits(self, group: sweep.Group, at_once: int, limit: int | None) -> bool:
-        needed = self.bytes_of(group, at_once)
+        needed = self.program_bytes(group, at_once)
         return limit is None or needed is None or needed <= limit
 
     def show(self, plan: sweep.Plan, reporter: Reporter) -> None:
         """Prints the plan."""
         rows = []
         for number, group in enumerate(plan.groups):
-            needed = self.bytes_of(group, group.at_once)
+            needed = self.program_bytes(group, group.at_once)
             gib = "-" if needed is None else f"{needed / 2**30:.2f}"
             sizes = (len(group.runs), group.at_once, self.config.training.steps, group.rank)
             own = f"{group.run_bytes / 2**20:.1f}"
