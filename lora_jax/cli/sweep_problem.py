@@ -89,7 +89,7 @@ class SweepProblem:
     # The plan.
 
     def plan(self) -> sweep.Plan:
-        """Programs of all their runs at once.
+        """The programs, each of all its runs at once.
 
         Raises:
           CliError: if there are no runs, two are the same, or one cannot be.
@@ -99,7 +99,7 @@ class SweepProblem:
         runs = [
             dataclasses.replace(run, warmup=round(run.warmup * steps) / steps) for run in self.runs
         ]
-        optimizer = self.config.of_run(runs[0]).optimizer
+        optimizer = self.config.of_run(self.runs[0]).optimizer
 
         def make_adapters(run: Run) -> Any:
             return starting_adapters(self.config.of_run(run), self.model.base, self.rules(run))
