@@ -28,6 +28,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lj
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 @pytest.fixture(scope="module")
 def tree():
@@ -50,6 +52,7 @@ def test_stop_gradient():
     assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(gradients))
 
 
+@pytest.mark.compiled_quickly(False)
 @pytest.mark.parametrize("base_kind", ["float", "nf4"])
 @pytest.mark.parametrize(
     "casts",

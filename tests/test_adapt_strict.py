@@ -24,6 +24,8 @@ from jax.sharding import PartitionSpec
 import lora_jax as lj
 from lora_jax.core.rewrite import Report
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 @pytest.fixture(scope="module")
 def tree():

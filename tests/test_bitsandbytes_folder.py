@@ -16,6 +16,8 @@ from lora_jax.formats import Quantization, bitsandbytes_folder, read_model
 from lora_jax.formats.bitsandbytes_folder import write_bitsandbytes
 from lora_jax.models.decoder import Decoder
 
+pytestmark = pytest.mark.compiled_quickly
+
 MIXED = Quantization("mlp/.*/kernel|o_proj/kernel", block_size=32, flat=True)
 
 

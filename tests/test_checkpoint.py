@@ -12,6 +12,8 @@ import reference
 
 import lora_jax as lj
 
+pytestmark = pytest.mark.compiled_quickly
+
 KEY = jax.random.key(0)
 RULES = [lj.LoraRule("kernel", rank=4, alpha=32, rslora=True, dropout=0.1)]
 

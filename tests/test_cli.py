@@ -14,6 +14,8 @@ import lora_jax as lj
 from lora_jax.cli import main
 from lora_jax.formats.gguf import read_gguf
 
+pytestmark = pytest.mark.compiled_quickly
+
 FILES = {
     *("adapter", "checkpoint", "config.json", "curves.png", "metrics.jsonl", "result.json"),
     "state",

@@ -24,6 +24,8 @@ from lora_jax.data import Classification
 from lora_jax.models.attention import fused_obstacles
 from lora_jax.models.decoder import Decoder, DecoderConfig
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = DecoderConfig(
     vocab_size=64,
     dim=32,

@@ -21,6 +21,8 @@ from lora_jax.cli.problem import load_model
 from lora_jax.formats import read_model
 from lora_jax.models.decoder import Decoder
 
+pytestmark = pytest.mark.compiled_quickly
+
 LETTERS = "abcdefghijklmnop"
 
 

@@ -26,6 +26,8 @@ from lora_jax.formats import read_model
 from lora_jax.formats.peft import write_peft
 from lora_jax.models.decoder import Decoder
 
+pytestmark = pytest.mark.compiled_quickly
+
 TOKENS = np.random.default_rng(0).integers(0, 98, (2, 20))
 
 

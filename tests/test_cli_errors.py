@@ -11,6 +11,8 @@ from tiny_runs import arguments, finetune, one_sentence, write_files, write_line
 
 from lora_jax.cli import COMMANDS, main, run_folder
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

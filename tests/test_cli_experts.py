@@ -17,6 +17,8 @@ from lora_jax.formats import Quantization, read_model
 from lora_jax.formats.checkpoint import leaf_at
 from lora_jax.formats.peft import read_peft
 
+pytestmark = pytest.mark.compiled_quickly
+
 FIELDS = CASES["qwen3_moe"] | {"vocab_size": 256, "num_hidden_layers": 2, "eos_token_id": 2}
 KERNELS = r"layers/.*_proj/kernel"
 

@@ -19,6 +19,8 @@ from lora_jax.formats import read_model
 from lora_jax.formats.gguf_adapter import write_gguf_adapter
 from lora_jax.formats.outline import read_outline, safetensors_headers
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 def inspected(capsys, source, **options) -> tuple[str, dict[str, list[dict]]]:
     """What is said for people, and the events for programs by their names."""

@@ -17,6 +17,8 @@ from lora_jax.cli.report import Reporter
 from lora_jax.cli.training import Problem
 from lora_jax.models.shapes import SHAPES
 
+pytestmark = pytest.mark.compiled_quickly
+
 GIB = 2**30
 
 

@@ -27,6 +27,8 @@ import lora_jax as lj
 from lora_jax.cli import main, run_folder, scoring, training
 from lora_jax.formats import read_model
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

@@ -18,6 +18,8 @@ from lora_jax.data import evaluation_batches, training_batches
 from lora_jax.data.encoding import make_encoded
 from lora_jax.models.decoder import Decoder, DecoderConfig
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = DecoderConfig(
     vocab_size=64,
     dim=32,

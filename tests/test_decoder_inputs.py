@@ -11,6 +11,8 @@ import pytest
 
 from lora_jax.models.decoder import Decoder, DecoderConfig, init_cache
 
+pytestmark = pytest.mark.compiled_quickly
+
 TOKENS = np.asarray([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
 SEGMENTS = np.asarray([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]])
 CONFIG = DecoderConfig(

@@ -9,6 +9,8 @@ from jax import lax
 
 import lora_jax as lj
 
+pytestmark = pytest.mark.compiled_quickly
+
 X = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
 RATE = 0.25
 
@@ -34,6 +36,7 @@ def test_none_without_a_key():
     )
 
 
+@pytest.mark.compiled_quickly(False)
 def test_none_without_a_rate():
     base, adapters = make(dropout=0.0)
     np.testing.assert_array_equal(

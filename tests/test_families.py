@@ -15,6 +15,8 @@ from lora_jax.formats.hf import read_hf
 from lora_jax.models.decoder import Decoder, by_layout, init_cache, parameter_shapes
 from lora_jax.models.families import from_hf
 
+pytestmark = pytest.mark.compiled_quickly
+
 GOLDEN = np.load(GOLDEN_FILE)
 CLOSE = {"atol": 5e-5, "rtol": 1e-5}  # float32 rounding, on logits of up to 8
 

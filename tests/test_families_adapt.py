@@ -18,6 +18,8 @@ from lora_jax.core.rules import path_string
 from lora_jax.models.decoder import Decoder, parameter_shapes
 from lora_jax.models.families import from_hf
 
+pytestmark = pytest.mark.compiled_quickly
+
 EXPERTS = r"mlp/experts/\w+/kernel"
 ROUTER = "router/kernel"
 # Compiled in half of the time: a program here runs once.

@@ -13,6 +13,8 @@ from test_residuals import is_decoded, residuals
 import lora_jax as lj
 from lora_jax.core import folded
 
+pytestmark = pytest.mark.compiled_quickly
+
 IN, OUT, ROWS, RANK = 96, 160, 7, 4
 USES = {
     "dense": ("i o", (IN, OUT), lambda w, x: x @ w, lambda w, x: x @ w),
@@ -74,6 +76,7 @@ def test_value_and_gradients(layout, shape, use, in_numpy):
         assert jnp.abs(a - b).max() <= 1e-5 * jnp.abs(b).max()
 
 
+@pytest.mark.compiled_quickly(False)
 @pytest.mark.parametrize("kind", ["nf4", "q4_0", "q4_1"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_an_update_of_zero_changes_no_bit(kind, dtype):

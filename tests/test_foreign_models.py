@@ -80,6 +80,7 @@ def test_starts_as_its_base(model, trees):
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.compiled_quickly
 def test_values_and_gradients_equal_those_of_dense_weights(model, moved):
     base, adapters = moved
     shape = eqx.filter_eval_shape(model.apply, model.params, *model.inputs).shape

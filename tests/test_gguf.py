@@ -20,6 +20,8 @@ from lora_jax.formats import read_model
 from lora_jax.formats.gguf import read_gguf
 from lora_jax.models.decoder import Decoder, DecoderConfig, parameter_shapes
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = DecoderConfig(
     vocab_size=268,
     dim=32,

@@ -19,6 +19,8 @@ from lora_jax.formats.gguf import read_gguf
 from lora_jax.formats.gguf_adapter import write_gguf_adapter
 from lora_jax.models.decoder import DecoderConfig, parameter_shapes, unstack_layers
 
+pytestmark = pytest.mark.compiled_quickly
+
 # Everything of another size, and a head of its own.
 UNTIED = DecoderConfig(
     vocab_size=11,

@@ -19,6 +19,8 @@ from lora_jax.kernels import grouped_dot
 from lora_jax.models.decoder import Decoder, parameter_shapes
 from lora_jax.models.families import from_hf
 
+pytestmark = pytest.mark.compiled_quickly
+
 RUNS, ROWS, GROUPS, IN, OUT = 3, 7, 4, 5, 6
 RNG = np.random.default_rng(0)
 X, W, CT, DW = (
@@ -166,6 +168,7 @@ def test_runs_train_as_one_by_one():
             np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.compiled_quickly(False)
 def test_runs_do_not_meet():
     """What neighbours hold, be it NaN or tokens for other experts, leaves mine bit-equal."""
     base, runs = trees()

@@ -17,6 +17,8 @@ from lora_jax.formats import read_model
 from lora_jax.formats.hf import read_hf
 from lora_jax.models.decoder import Decoder, parameter_shapes
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 @pytest.mark.parametrize("shards", [1, 3], ids=["whole", "sharded"])
 @pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])

@@ -27,6 +27,8 @@ from lora_jax.formats.hf_write import to_hf, write_hf
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import from_hf
 
+pytestmark = pytest.mark.compiled_quickly
+
 LAYERS = "layers.*kernel"
 
 

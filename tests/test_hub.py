@@ -20,6 +20,8 @@ from lora_jax.formats import read_model
 from lora_jax.formats.sources import SourceError, fetch
 from lora_jax.models.decoder import Decoder
 
+pytestmark = pytest.mark.compiled_quickly
+
 WEIGHTS = "model.safetensors"
 
 

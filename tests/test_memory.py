@@ -22,6 +22,8 @@ from lora_jax.models.decoder import Decoder, parameter_shapes
 from lora_jax.models.remat import NAMED
 from lora_jax.models.shapes import SHAPES
 
+pytestmark = pytest.mark.compiled_quickly
+
 GIB = 2**30
 OPTIMIZERS = {
     "adamw": optax.adamw(1e-3),

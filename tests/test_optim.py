@@ -10,6 +10,8 @@ import pytest
 
 import lora_jax as lj
 
+pytestmark = pytest.mark.compiled_quickly
+
 KEY = jax.random.key(0)
 
 

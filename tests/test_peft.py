@@ -21,6 +21,8 @@ from lora_jax.formats.peft import write_peft
 from lora_jax.formats.peft.write import alpha_of
 from lora_jax.models.decoder import parameter_shapes, unstack_layers
 
+pytestmark = pytest.mark.compiled_quickly
+
 # Decoder part, transformers module, in, out; the decoder has two layers of width 64.
 MODULES = [
     ("attn/q_proj", "self_attn.q_proj", 64, 64),

@@ -27,6 +27,8 @@ from lora_jax.formats.hf import read_hf
 from lora_jax.formats.peft import read_peft, write_peft
 from lora_jax.models.decoder import Decoder, unstack_layers
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

@@ -14,6 +14,8 @@ from peft_folder import CONFIG, WEIGHTS, same_bytes, save, set_to, tensors
 import lora_jax as lj
 from lora_jax.formats.peft import read_peft, write_peft
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 def expert_tree():
     """Two layers, three experts, and a router; `in` 4 and `out` 5."""

@@ -12,6 +12,8 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder, by_layout, parameter_shapes
 from lora_jax.models.random_weights import KERNELS, random_base
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = DecoderConfig(
     vocab_size=96,
     dim=64,

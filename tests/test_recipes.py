@@ -14,6 +14,8 @@ import pytest
 
 import lora_jax as lj
 
+pytestmark = pytest.mark.compiled_quickly
+
 FOLDER = Path(__file__).parents[1] / "experiments" / "recipes"
 
 README = (FOLDER / "README.md").read_text("utf-8")

@@ -16,6 +16,8 @@ from lora_jax.models import remat
 from lora_jax.models.decoder import Decoder, parameter_shapes
 from lora_jax.models.families import from_hf
 
+pytestmark = pytest.mark.compiled_quickly
+
 LAYERS = 2
 
 

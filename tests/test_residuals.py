@@ -19,6 +19,8 @@ from small_lm import (
 
 import lora_jax as lj
 
+pytestmark = pytest.mark.compiled_quickly
+
 DEPTH = 8
 MATRICES = {(VOCAB, DIM), (DIM, HIDDEN), (HIDDEN, DIM)}
 
@@ -107,6 +109,7 @@ def test_residuals_of_every_use(layout, shape, use):
     assert not [x for x in residuals(fn, (adapters, X)) if is_decoded(x)]
 
 
+@pytest.mark.compiled_quickly(False)
 def test_memory_of_scanned_layers():
     """Each further layer costs its activations and codes' gradients none: no decoded weight."""
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder import Decoder
+from lora_jax.models.decoder import Decoder, parameter_shapes
 
 KERNELS = r"layers/.*kernel"
 CONFIG = DecoderConfig(
@@ -44,15 +44,27 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...], list]] = {
 
 @pytest.fixture(scope="module")
 def setting() -> dict[str, Any]:
+    # Numbers are NumPy's: to draw them takes JAX as long to compile as a step does.
+    rng = np.random.default_rng(0)
     model = Decoder(CONFIG)
-    tokens = jax.random.randint(jax.random.key(0), (8, 17), 0, CONFIG.vocab_size)
-    params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
+    tokens = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (8, 17)))
+    params = parameter_shapes(CONFIG)
+    params = jax.tree_util.tree_map_with_path(lambda path, x: drawn(rng, path, x), params)
     base = lj.quantize(params, KERNELS, layout="b i o", block_size=32)
     rules = [lj.LoraRule(KERNELS, rank=4)]
-    adapters = lj.init_adapters(jax.random.key(2), base, rules)
+    adapters = jax.eval_shape(lambda: lj.init_adapters(jax.random.key(0), base, rules))
+    adapters = jax.tree_util.tree_map_with_path(lambda path, x: drawn(rng, path, x), adapters)
     setting = {"model": model, "tokens": tokens, "base": base, "adapters": adapters}
     results = {name: train(model, *placed(setting, name)) for name in MESHES}
     return {**setting, "alone": train(model, adapters, base, tokens), **results}
+
+
+def drawn(rng: np.random.Generator, path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """As initialized: norms are ones, B is zero, and all else is random."""
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    if name in ("scale", "b"):
+        return jnp.asarray(np.full(shape.shape, float(name == "scale"), shape.dtype))
+    return jnp.asarray(rng.normal(size=shape.shape, scale=0.09).astype(shape.dtype))
 
 
 def train(model: Decoder, adapters: Any, base: Any, tokens: jax.Array) -> tuple[list, Any, str]:
@@ -87,9 +99,10 @@ def placed(setting: dict[str, Any], name: str) -> tuple[Any, Any, jax.Array]:
     shape, axes, rules = MESHES[name]
     devices = jax.devices()[: int(np.prod(shape))]
     mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
-    base = lj.shard(setting["base"], mesh, rules)
-    adapters = lj.shard(setting["adapters"], mesh, rules)
-    tokens = jax.device_put(setting["tokens"], NamedSharding(mesh, P(axes[0])))
+    # From the host, where a slice is no program.
+    base = lj.shard(jax.device_get(setting["base"]), mesh, rules)
+    adapters = lj.shard(jax.device_get(setting["adapters"]), mesh, rules)
+    tokens = jax.device_put(np.asarray(setting["tokens"]), NamedSharding(mesh, P(axes[0])))
     return adapters, base, tokens
 
 

@@ -25,6 +25,8 @@ from lora_jax.formats.peft import write_peft
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import by_layout, parameter_shapes
 
+pytestmark = pytest.mark.compiled_quickly
+
 KERNELS = "(q|down)_proj/kernel"
 
 

@@ -21,6 +21,8 @@ import pytest
 
 from lora_jax import train
 
+pytestmark = pytest.mark.compiled_quickly
+
 IDENTITY = {
     "model": {"name": "tiny", "digest": "abc"},
     "rules": ({"pattern": "w", "rank": 2},),

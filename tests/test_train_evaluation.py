@@ -13,6 +13,8 @@ from small_batches import VOCAB, adapted, batch, decoder
 import lora_jax as lj
 from lora_jax import train
 
+pytestmark = pytest.mark.compiled_quickly
+
 MODEL = decoder(tied_head=True)
 
 

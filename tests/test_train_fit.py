@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import train
 
+pytestmark = pytest.mark.compiled_quickly
+
 TX = optax.adam(0.05)
 KEY = jax.random.key(5)
 

@@ -13,6 +13,8 @@ from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.train import next_token_loss
 from lora_jax.train.loss import shifted
 
+pytestmark = pytest.mark.compiled_quickly
+
 HEADS = {
     "plain": (None, [], ()),
     "adapted": (None, [lj.LoraRule("lm_head", rank=4)], ()),

@@ -12,6 +12,8 @@ import lora_jax as lj
 from lora_jax import train
 from lora_jax.sweep.fields import with_fields
 
+pytestmark = pytest.mark.compiled_quickly
+
 RISE = 0.5 * np.arange(5) / 5
 SHARE = np.arange(15) / 16  # of the fall, which is complete one step after the last
 RATES = {

@@ -17,6 +17,8 @@ from small_batches import adapted, batch, decoder
 import lora_jax as lj
 from lora_jax import train
 
+pytestmark = pytest.mark.compiled_quickly
+
 SGD = optax.sgd(0.05)
 
 

@@ -11,6 +11,8 @@ from flax import nnx
 
 import lora_jax as lj
 
+pytestmark = pytest.mark.compiled_quickly
+
 KEY = jax.random.key(0)
 
 

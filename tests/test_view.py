@@ -20,6 +20,8 @@ import lora_jax as lj
 from lora_jax.core import contract
 from lora_jax.core.view import View
 
+pytestmark = pytest.mark.compiled_quickly
+
 LAYOUTS = ("i o", "o i", "i o o", "i i o", "o i i", "o o i i", "i i o o")
 # Few, for the sake of time, and the same at each run; thousands of others were tried once.
 FEW = settings(max_examples=15, deadline=None, derandomize=True)
@@ -116,6 +118,7 @@ def walk(leaf: Leaf, chain) -> tuple[View, np.ndarray, np.ndarray]:
     return state
 
 
+@pytest.mark.compiled_quickly(False)
 @FEW
 @given(leaf=leaves, chain=chains)
 def test_chain_of_rearrangements(leaf, chain):

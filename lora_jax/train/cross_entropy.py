@@ -9,7 +9,8 @@ brought forward:
               1 1 1 . . . . .    brought forward: of T positions, the first T/2 will do here
 
 How many positions of each row are run is chosen among T, T/2, ..., T/16, by what the fullest row
-needs. Rows stay where they are, so that they may lie on different devices.
+needs. Rows stay where they are, so that they may lie on different devices. Under a `vmap` over
+batches all T are run: whatever was chosen for one batch would change the sums of another.
 
 Shapes: B rows, T tokens of a row, D model width, V vocabulary.
 """
@@ -24,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.core.products import hoisted, with_derivative
@@ -168,7 +170,7 @@ class _Positions:
         needed = supervised.sum(-1).max()
         shorter = _sizes(targets.shape[1], chunk)[1:]
         branch = sum(((needed <= size).astype(jnp.int32) for size in shorter), jnp.int32(0))
-        return cls(targets, supervised, order, back, branch, chunk)
+        return cls(targets, supervised, order, back, _unbatched(branch), chunk)
 
     def all(self, of_chunk: Callable[..., tuple], hidden: jax.Array) -> tuple:
         """`of_chunk(hidden, targets)` of the supervised positions, in their own order; else zero.
@@ -202,6 +204,20 @@ class _Positions:
             return jnp.where(supervised, _chosen(x, self.back), 0)
 
         return tuple(map(shown, lax.switch(self.branch, branches, hidden)))
+
+
+@custom_vmap
+def _unbatched(branch: jax.Array) -> jax.Array:
+    """The same branch, or the first of all under a vmap over what it was chosen by.
+
+    A switch by many numbers would run each branch for each of them, and select.
+    """
+    return branch
+
+
+@_unbatched.def_vmap
+def _first(axis_size: int, in_batched: list[bool], branch: jax.Array) -> tuple[jax.Array, bool]:
+    return (jnp.int32(0) if in_batched[0] else branch), False
 
 
 def _sizes(length: int, chunk: int | None) -> list[int]:
