@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lora_jax as lj
 from lora_jax import train
+from lora_jax.sweep.fields import with_fields
 
 pytestmark = pytest.mark.compiled_quickly
 
@@ -38,6 +41,48 @@ def test_the_learning_rate_of_every_step(options, rates):
         updates, state = tx.update(adapters(), state, adapters())
         moves.append(-float(updates["w"].a[0, 0]))  # Adam's update of a constant gradient is 1
     np.testing.assert_allclose(moves, rates, atol=1e-5)
+
+
+def of_optax(config: train.OptimizerConfig) -> optax.Schedule:
+    """The schedule put together from those of optax."""
+    peak, rise = config.learning_rate, round(config.warmup * config.steps)
+    fall = config.steps + 1 - rise
+    falling = {
+        "cosine": optax.cosine_decay_schedule(peak, fall, alpha=config.end),
+        "linear": optax.linear_schedule(peak, config.end * peak, fall),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    if not rise:
+        return falling
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, rise), falling], [rise])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_numbers_that_differ_within_a_program(schedule):
+    """As in a sweep, where each run has its own, and there is one program for all."""
+    columns = {
+        "learning_rate": [3e-4, 1e-2, 0.5, 0.1],
+        "warmup": [0.0, 0.1, 0.25, 23 / 40],
+        "end": [0.0, 0.1, 0.0, 0.5],
+        "weight_decay": [0.0, 0.01, 0.1, 0.3],
+    }
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    configs = [train.OptimizerConfig(steps=40, schedule=schedule, **row) for row in rows]
+    steps = jnp.arange(40)
+
+    def traced(numbers):
+        config = with_fields(configs[0], numbers)
+        params, tx = adapters(3.0), train.make_optimizer(config)
+        state = optax.tree.set(tx.init(params), count=jnp.asarray(30))
+        updates, _ = tx.update(adapters(0.0), state, params)
+        return jax.vmap(train.learning_rate_schedule(config))(steps), updates["w"].b[0, 0]
+
+    numbers = {name: jnp.asarray(values) for name, values in columns.items()}
+    rates, moves = jax.jit(jax.vmap(traced))(numbers)
+    expected = np.stack([[float(of_optax(x)(step)) for step in range(40)] for x in configs])
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-9)
+    decays = expected[:, 30] * np.array(columns["weight_decay"]) * 3.0
+    np.testing.assert_allclose(moves, -decays, rtol=1e-5)
 
 
 def test_lora_plus_moves_b_faster():

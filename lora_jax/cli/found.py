@@ -67,6 +67,9 @@ def _folder(path: Path) -> str:
             return kind
     if (path / "config.json").is_file():
         options = read_object(path / "config.json")
+        if options.get("command") == "sweep":
+            run = path / "runs" / "000"
+            raise CliError(f"{path} is a sweep's folder; write that of one of its runs, as {run}.")
         for name, kind in (("model_type", "hf"), ("model", "run")):
             if name in options:
                 return kind

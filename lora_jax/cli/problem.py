@@ -191,6 +191,9 @@ def load_adapter(path: Path, base: Any) -> Any:
     Raises:
       CliError: if there is none, or it belongs to another model.
     """
+    if (path / "results.csv").is_file():
+        run = path / "runs" / "000"
+        raise CliError(f"{path} is a sweep's folder; write that of one of its runs, as {run}.")
     folder = path / "checkpoint" if (path / "config.json").is_file() else path
     if folder != path and not folder.is_dir():
         raise CliError(
