@@ -195,7 +195,6 @@ def _as(array: np.ndarray, like: Any, name: str) -> np.ndarray:
     if array.dtype.kind == "V":
         array = array.view(like.dtype)
     if (array.shape, array.dtype) != (like.shape, like.dtype):
-        raise ValueError(
-            f"{name} is {array.dtype}{list(array.shape)}, expected {like.dtype}{list(like.shape)}"
-        )
+        found, expected = (f"{x.dtype}{list(x.shape)}" for x in (array, like))
+        raise ValueError(f"its {name} is {found}, and this sweep's is {expected}")
     return array
