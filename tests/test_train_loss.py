@@ -359,16 +359,22 @@ def test_neftune_of_less_than_nothing():
 
 
 @pytest.mark.usefixtures("fewer_programs")
-def test_a_choice_among_few_tokens():
-    base, _ = adapted(tied_head=True, quantized=False)
-    model, data, among = decoder(tied_head=True), batch(), [17, 5, 200]
+@pytest.mark.parametrize(("tied_head", "quantized"), KINDS.values(), ids=KINDS)
+def test_a_choice_among_few_tokens(tied_head, quantized):
+    base, adapters = adapted(tied_head=tied_head, quantized=quantized)
+    model, data, among = decoder(tied_head=tied_head), batch(), [17, 5, 200]
     rng = np.random.default_rng(3)
     data = data._replace(
         tokens=np.where(data.weights > 0, rng.choice(among, data.tokens.shape), data.tokens)
     )
     loss_fn = jax.jit(train.next_token_loss(model, chunk=20, among=among))
-    loss, metrics = loss_fn(None, base, data, None)
-    logits = model.apply({"params": base}, data.tokens, data.positions, data.segment_ids)
+    traced = loss_fn.trace(adapters, base, data, None)
+    values = [x.aval.shape for e in equations_in(traced.jaxpr.jaxpr) for x in e.outvars]
+    assert not any(VOCAB in shape and len(shape) > 2 for shape in values)  # no other logits
+    loss, metrics = loss_fn(adapters, base, data, None)
+    apply = jax.jit(lj.adapt(model.apply))
+    inputs = (data.tokens, data.positions, data.segment_ids)
+    logits = apply({"params": lj.combine(base, adapters)}, *inputs)
     logits = np.asarray(logits, np.float64)[:, :-1, among]
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     is_target = data.tokens[:, 1:, None] == np.array(among)
@@ -378,4 +384,4 @@ def test_a_choice_among_few_tokens():
     right = is_target[np.arange(4)[:, None], np.arange(23), logits.argmax(-1)]
     assert metrics["accuracy"] == pytest.approx((right * weights).sum() / weights.sum(), rel=1e-5)
     data.tokens[np.nonzero(data.weights)] = 6
-    assert loss_fn(None, base, data, None)[0] == math.inf
+    assert loss_fn(adapters, base, data, None)[0] == math.inf

@@ -186,14 +186,26 @@ class Decoder(nn.Module):
         contexts = self._contexts(positions, mask, positions)
         return self._run(Carry(embeddings.astype(self.config.dtype), None), contexts).x
 
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Logits float32 [..., V] of hidden states [..., D]."""
-        if self.config.tied_head:
-            head = self.embed.embedding.astype(self.config.dtype).T
-            logits = float32_product(hidden, head)
-        else:
+    def unembed(self, hidden: jax.Array, among: jax.Array | None = None) -> jax.Array:
+        """Logits of hidden states.
+
+        Args:
+          hidden: [..., D].
+          among: Integers [N], the tokens whose logits are wanted: no others are taken.
+
+        Returns:
+          float32 [..., V], or [..., N].
+        """
+        c = self.config
+        if c.tied_head:
+            rows = self.embed.embedding if among is None else self.embed.embedding[among]
+            logits = float32_product(hidden, rows.astype(c.dtype).T)
+        elif among is None:
             logits = self.lm_head(hidden)
-        return capped(logits, self.config.logit_cap)
+        else:
+            columns = self.lm_head.variables["params"]["kernel"][:, among]
+            logits = float32_product(hidden, columns.astype(c.dtype))
+        return capped(logits, c.logit_cap)
 
     def extend(
         self,

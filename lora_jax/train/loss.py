@@ -65,8 +65,7 @@ def next_token_loss(
             targets = _index_of(targets, choices)
 
         def unembed(hidden: jax.Array) -> jax.Array:
-            logits = run(hidden, method="unembed")
-            return logits if choices is None else logits[..., choices]
+            return run(hidden, choices, method="unembed")
 
         return chunked_cross_entropy(
             hidden, targets, weights, unembed, chunk=chunk, label_smoothing=label_smoothing
