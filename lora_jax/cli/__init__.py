@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "finetune": "LoRA and QLoRA of a language model, on your data or on headlines",
+    "sweep": "many fine-tuning runs in one program, compared: ranks, learning rates, seeds",
     "generate": "text from a model and an adapter: a prompt, a file, a chat",
     "evaluate": "likelihood, accuracy and generations of a model and an adapter on data",
     "convert": "a run, an adapter or a model in the form that other programs read",

@@ -107,6 +107,8 @@ class AdapterOptions:
     """Scale by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
     dropout: float = 0.0
     """Probability with which an input of an adapter is dropped in training."""
+    init_scale: float = 1.0
+    """How many times as large as usual adapters start; A alone, for B starts at zero."""
     whole: tuple[Annotated[str, arg(metavar="REGEX")], ...] = ()
     """Weights to train whole beside the adapters, such as norm/scale: regular expressions."""
 
@@ -170,7 +172,7 @@ class DataOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingOptions:
+class LoopOptions:
     """How it is trained: AdamW, in steps of one batch."""
 
     steps: int = 500
@@ -179,18 +181,6 @@ class TrainingOptions:
     """Rows of a batch."""
     accumulate: int = 1
     """Parts in which a batch is computed, one after the other: trades time for memory."""
-    learning_rate: float = 5e-4
-    """At its highest."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How it falls after the warm-up; cosine and linear reach zero with the last step."""
-    warmup: float = 0.1
-    """Share of the steps in which the learning rate rises from zero."""
-    weight_decay: float = 0.0
-    """Decoupled, times the learning rate."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    lora_plus_ratio: float = 1.0
-    """How many times as fast B learns (LoRA+, arXiv:2402.12354)."""
     label_smoothing: float = 0.0
     """Probability spread over the whole vocabulary."""
     among_labels: bool = True
@@ -200,8 +190,6 @@ class TrainingOptions:
     """Strength of the noise on embeddings in training (NEFTune, arXiv:2310.05914)."""
     workers: int = 0
     """Processes that prepare batches ahead."""
-    seed: int = 0
-    """Of the adapters' start, dropout, noise and the order of the data."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "rows", "accumulate")
@@ -214,17 +202,31 @@ class TrainingOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationOptions:
-    """When it is evaluated, and what follows from that.
+class TrainingOptions(LoopOptions):
+    """How it is trained: AdamW, in steps of one batch."""
 
-    Classifications are scored by the likelihood of each label, everything else by the likelihood of
-    what is trained on. The adapter that did best on validation is kept; the test is read once.
-    """
+    learning_rate: float = 5e-4
+    """At its highest."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How it falls after the warm-up; cosine and linear reach zero with the last step."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """Decoupled, times the learning rate."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    lora_plus_ratio: float = 1.0
+    """How many times as fast B learns (LoRA+, arXiv:2402.12354)."""
+    seed: int = 0
+    """Of the adapters' start, dropout, noise and the order of the data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringOptions:
+    """When runs are evaluated, and on how much; the test is read once, at the end."""
 
     evaluate_every: int = 100
     """Steps between evaluations on validation."""
-    monitor: Literal["nll", "accuracy"] = "nll"
-    """By which the best adapter is chosen."""
     patience: int | None = None
     """Evaluations without an improvement after which training stops; never, if not given."""
     validation_examples: int | None = None
@@ -233,12 +235,24 @@ class EvaluationOptions:
     """The most records of the test; all, if not given."""
     evaluation_rows: int = 16
     """Rows of a batch; more than in training, for nothing is kept for a backward pass."""
-    compare: bool = True
-    """Whether the test is also put to the model as it was before training."""
 
     def __post_init__(self) -> None:
         names = ("evaluate_every", "patience", "validation_examples", "test_examples")
         at_least(self, 1, *names, "evaluation_rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions(ScoringOptions):
+    """When it is evaluated, and what follows from that.
+
+    Classifications are scored by the likelihood of each label, everything else by the likelihood of
+    what is trained on. The adapter that did best on validation is kept; the test is read once.
+    """
+
+    monitor: Literal["nll", "accuracy"] = "nll"
+    """By which the best adapter is chosen."""
+    compare: bool = True
+    """Whether the test is also put to the model as it was before training."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,7 +117,24 @@ def from_file(kind: type[ConfigT], path: Path, *, part: bool = False) -> ConfigT
       CliError: if there is no such file, it is no JSON object, an option is none of this command's,
         has a value that it cannot have, or is missing.
     """
-    values, fields = read_object(path), _options(typing.cast(type, kind))
+    return from_values(kind, read_object(path), path, part=part)
+
+
+def from_values(
+    kind: type[ConfigT], values: Mapping[str, Any], path: Path, *, part: bool = False
+) -> ConfigT:
+    """A config from values as JSON has them, which stand in a file.
+
+    Args:
+      kind: of the config.
+      values: the options by their names.
+      path: where they stand.
+      part: whether there may be options of other groups, too.
+
+    Raises:
+      CliError: as `from_file`.
+    """
+    fields = _options(typing.cast(type, kind))
     for name in values:
         if name not in fields and not part:
             near = difflib.get_close_matches(name, fields, 1)

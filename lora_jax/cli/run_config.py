@@ -41,7 +41,7 @@ class Config:
     def rule(self) -> LoraRule:
         """What is adapted; the layouts of that are the model's to say."""
         options = dataclasses.asdict(self.adapter)
-        pattern, _ = options.pop("targets"), options.pop("whole")
+        pattern, _, _ = (options.pop(name) for name in ("targets", "whole", "init_scale"))
         return LoraRule(pattern, **options)
 
     @property

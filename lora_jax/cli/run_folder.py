@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lora_jax.checkpoint import save_adapters
 from lora_jax.cli.failures import CliError, uninterrupted, writing
@@ -46,7 +46,7 @@ class RunFolder:
     command: str
 
     @classmethod
-    def create(cls, out: Path | None, command: str) -> RunFolder:
+    def create(cls, out: Path | None, command: str) -> Self:
         """Makes the folder, before anything costs time.
 
         Args:

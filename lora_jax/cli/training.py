@@ -7,6 +7,7 @@ own would call. All that is added here is where things go.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,10 @@ from lora_jax.cli.report import Reporter, Rounds, shown
 from lora_jax.cli.run_config import Config
 from lora_jax.cli.run_folder import RunFolder
 from lora_jax.cli.scoring import LabelScorer, Scorer, Scores, make_scorer
+from lora_jax.core.leaves import Adapter
 from lora_jax.core.rules import LoraRule
 from lora_jax.core.tree import init_adapters
+from lora_jax.models.config import DecoderConfig
 
 # Options that say where things are, or how they are computed or kept, and not what is learned.
 UNIDENTIFYING = (
@@ -65,9 +68,8 @@ class Problem:
         )
         config = dataclasses.replace(config, data=found.options)
         with sentences(ValueError):
-            key, whole = jax.random.key(config.training.seed), config.adapter.whole
             rules = rules_for(config.rule, model.base)
-            adapters = init_adapters(key, model.base, rules, train=whole)
+            adapters = starting_adapters(config, model.base, rules)
         splits = {"train": found.train, "validation": found.validation, "test": found.test}
         for name, split in splits.items():
             if split is not None:
@@ -107,33 +109,63 @@ class Problem:
         }
 
 
+def starting_adapters(config: Config, base: Any, rules: Sequence[LoraRule]) -> Any:
+    """The adapters of a run before its first step.
+
+    Raises:
+      ValueError: as `init_adapters`; or if their scale is no positive number.
+    """
+    options = config.adapter
+    if not 0 < options.init_scale < math.inf:
+        raise ValueError(f"init_scale is {options.init_scale}, expected a positive number")
+    key = jax.random.key(config.training.seed)
+    adapters = init_adapters(key, base, rules, train=options.whole)
+    if options.init_scale == 1:
+        return adapters
+
+    def scaled(leaf: Any) -> Any:
+        # What is trained whole stays what it is.
+        is_adapter = isinstance(leaf, Adapter)
+        return dataclasses.replace(leaf, a=options.init_scale * leaf.a) if is_adapter else leaf
+
+    return jax.tree.map(scaled, adapters, is_leaf=lambda x: isinstance(x, Adapter))
+
+
+def memory_setup(config: Config, shape: DecoderConfig, **options: Any) -> memory.Setup:
+    """A step of a run, as far as its memory depends on it.
+
+    Raises:
+      ValueError: if no memory is foretold for it.
+    """
+    dense = config.model.base in ("float32", "bfloat16")
+    setup = memory.Setup(
+        shape,
+        method="lora" if dense else "qlora",
+        rank=config.adapter.rank,
+        targets=config.adapter.targets,
+        batch=config.training.rows,
+        length=config.data.length,
+        accumulate=config.training.accumulate,
+        scan=shape.scan_layers,
+        chunk=512,
+        attention=shape.attention,
+        kind="nf4" if dense else config.model.base,
+        quantized=KERNELS,
+        dtype=shape.dtype,
+        param_dtype=config.model.base if dense else "float32",
+        fold=jax.default_backend() == "gpu",
+    )
+    return dataclasses.replace(setup, **options)
+
+
 def _with_policy_that_fits(model: Model, config: Config, reporter: Reporter) -> Model:
     """The model with the policy that repeats least and still fits the device.
 
     Raises:
       CliError: if none fits.
     """
-    shape, options = model.decoder.config, config.training
-    dense = config.model.base in ("float32", "bfloat16")
     with sentences(ValueError):
-        setup = memory.Setup(
-            shape,
-            method="lora" if dense else "qlora",
-            rank=config.adapter.rank,
-            targets=config.adapter.targets,
-            batch=options.rows,
-            length=config.data.length,
-            accumulate=options.accumulate,
-            scan=shape.scan_layers,
-            chunk=512,
-            attention=shape.attention,
-            kind="nf4" if dense else config.model.base,
-            quantized=KERNELS,
-            dtype=shape.dtype,
-            param_dtype=config.model.base if dense else "float32",
-            fold=jax.default_backend() == "gpu",
-        )
-        policy = memory.auto_remat(setup)
+        policy = memory.auto_remat(memory_setup(config, model.decoder.config))
     reporter.say(f"--remat auto is {policy} here.")
     reporter.event("remat", policy=policy)
     return model.running(remat=policy)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from lora_jax.optim import lora_plus
@@ -68,23 +70,33 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """The learning rate of each update, from 0 on, as a config describes it."""
-    peak = config.learning_rate
-    rise = round(config.warmup * config.steps)
-    # One step more than there are, so that the last one still moves.
-    fall = config.steps + 1 - rise
-    falling = {
-        "cosine": lambda: optax.cosine_decay_schedule(peak, fall, alpha=config.end),
-        "linear": lambda: optax.linear_schedule(peak, config.end * peak, fall),
-        "constant": lambda: optax.constant_schedule(peak),
-    }[config.schedule]()
-    if not rise:
-        return falling
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, rise), falling], [rise])
+    """The learning rate of each update, from 0 on, as a config describes it.
+
+    It is computed from the config's numbers and branches on none: those of a sweep, where
+    learning rate, warmup and end differ from run to run of one program, may be traced.
+    """
+    peak, end = config.learning_rate, config.end
+    rise = jnp.round(jnp.asarray(config.warmup * config.steps))
+    fall = config.steps + 1 - rise  # one step more than there are, so that the last one still moves
+
+    def schedule(step: Any) -> jax.Array:
+        risen = peak - peak * (1 - step / jnp.maximum(rise, 1))
+        fallen = jnp.clip(step - rise, 0, fall)
+        falling = {
+            "cosine": peak * ((1 - end) * (0.5 * (1 + jnp.cos(jnp.pi * fallen / fall))) + end),
+            "linear": (peak - end * peak) * (1 - fallen / fall) + end * peak,
+            "constant": jnp.asarray(peak),
+        }[config.schedule]
+        return jnp.where(step < rise, risen, falling)
+
+    return schedule
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The optimizer that a config describes, for a tree of adapters."""
+    """The optimizer that a config describes, for a tree of adapters.
+
+    Learning rate, warmup, end, weight decay and clip may be traced.
+    """
     adamw = functools.partial(
         optax.adamw, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
     )
