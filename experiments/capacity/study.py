@@ -42,7 +42,6 @@ from lora_jax.sweep.fields import with_fields
 from lora_jax.sweep.tuning import chosen, tune
 
 HERE = Path(__file__).parent
-KERNELS = r"layers_\d+/.*/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,16 @@ class Run:
 
 FIELDS = [field.name for field in dataclasses.fields(Run)]
 # Options that say what a run is.
-IDENTIFYING = ("vocabulary", "key_length", "width", "layers", "sharpness", "alpha", "batch")
+IDENTIFYING = (
+    "vocabulary",
+    "key_length",
+    "width",
+    "layers",
+    "sharpness",
+    "targets",
+    "alpha",
+    "batch",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +86,9 @@ class Config:
     width: int = 128
     """Of the residual stream; that of the MLP is twice as much."""
     layers: int = 2
-    """Of which all seven kernels are adapted."""
+    """Of the decoder."""
+    targets: str = r"layers_\d+/.*/kernel"
+    """The weights to adapt: all seven kernels of each layer."""
     sharpness: float = 4.0
     """Factor on logits: those of a random head are so small that the best NLL would not be 0."""
     alpha: float = 16.0
@@ -220,7 +230,9 @@ class Study:
 
     def adapters(self, run: Run) -> Any:
         """What a run starts from."""
-        rule = lj.LoraRule(KERNELS, rank=run.rank, alpha=self.config.alpha, layout="i o")
+        rule = lj.LoraRule(
+            self.config.targets, rank=run.rank, alpha=self.config.alpha, layout="i o"
+        )
         return lj.init_adapters(jax.random.key(run.seed), self.base, rule)
 
     def optimizer(self, run: Run) -> Any:
@@ -343,5 +355,10 @@ def described(config: Config) -> dict[str, Any]:
     return {name: x for name, x in values.items() if name not in ("out", "results")}
 
 
+def options(arguments: Sequence[str] | None = None) -> Config:
+    """A preset, and what differs from it."""
+    return tyro.extras.overridable_config_cli(PRESETS, args=arguments)
+
+
 if __name__ == "__main__":
-    Study.make(tyro.extras.overridable_config_cli(PRESETS)).run()
+    Study.make(options()).run()

@@ -305,6 +305,11 @@ class Study:
         rule = lj.LoraRule(self.config.targets, rank=run.rank, alpha=self.config.alpha)
         return lj.init_adapters(key, base, rules_for(rule, base))
 
+    def parameters(self, run: Run, base: Any) -> int:
+        """How many a run trains."""
+        shapes = jax.eval_shape(lambda: self.adapters(run, base))
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
     def optimizer(self, run: Run, steps: int) -> Any:
         """AdamW, with a learning rate that may be traced."""
         config = train.OptimizerConfig(
@@ -392,8 +397,10 @@ class Study:
                 rates_of = {str(rank): rate for rank, rate in best.items()}
                 self._write(f"{name}_{epochs:g}", rows=rows, best=rates_of, epochs=epochs)
 
-    def _tuning_rows(self, name: str, epochs: float, runs: Sequence[Run], round: int) -> list[dict]:
-        fitted = self.fit(f"{name}_{epochs:g}_{round}", runs, epochs=epochs)
+    def _tuning_rows(
+        self, name: str, epochs: float, runs: Sequence[Run], number: int
+    ) -> list[dict]:
+        fitted = self.fit(f"{name}_{epochs:g}_{number}", runs, epochs=epochs)
         return results.result_rows(fitted)
 
     def _best(self, rows: Sequence[results.Row]) -> dict[int, float]:
@@ -416,7 +423,7 @@ class Study:
             name,
             self.tuned(full=name == "full"),
             epochs=self.config.epochs,
-            base=name if name in BASES else "bfloat16",
+            base=base_of(name),
             evaluations=math.ceil(self.config.epochs),
             on_metrics=on_metrics,
         )
@@ -425,7 +432,11 @@ class Study:
         """Trains them, and writes what they arrived at and how long it took."""
         clock, began = Clock(), time.perf_counter()
         fitted = self.table(name, clock)
-        rows = results.result_rows(fitted)
+        base = self.models(base_of(name)).base
+        rows = [
+            {**row, "parameters": self.parameters(one.run, base)}
+            for row, one in zip(results.result_rows(fitted), fitted, strict=True)
+        ]
         self._write(name, rows=rows, curves=curves(fitted), epochs=self.config.epochs)
         if (summary := clock.summary()) is not None:
             whole = {"seconds_of_this_call": time.perf_counter() - began, **peak_memory()}
@@ -466,7 +477,7 @@ class Study:
             print("serial", json.dumps(rows[-1]), flush=True)
         self._write("speed_serial", rows=rows, steps=steps, seeds=len(config.seeds))
 
-    def test(self) -> None:
+    def score_tables(self) -> None:
         """Scores what each kept adapter writes, and what the model wrote before."""
         rows = []
         for name in ("main", *BASES, "full"):
@@ -475,7 +486,7 @@ class Study:
                 continue
             fitted = [x for x in self.table(name) if x.adapters is not None]
             like = padding.union([x.adapters for x in fitted])
-            base: Base = name if name in BASES else "bfloat16"
+            base = base_of(name)
             if name != "full":
                 rows.append({"table": name, **self.score(base, None)})
             for arrived in fitted:
@@ -513,6 +524,11 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         shared = {"config": described(self.config), "environment": environment()}
         (folder / f"{name}.json").write_text(json.dumps({**shared, **found}, indent=1) + "\n")
+
+
+def base_of(table: str) -> Base:
+    """On which the runs of a table train."""
+    return next((base for base in BASES if base == table), "bfloat16")
 
 
 # What is written.
@@ -577,11 +593,16 @@ def main(config: Config) -> None:
         "serial": study.serial,
         "bases": study.bases,
         "full": lambda: study.train_table("full"),
-        "test": study.test,
+        "test": study.score_tables,
     }
     for stage in config.stages:
         actions[stage]()
 
 
+def options(arguments: Sequence[str] | None = None) -> Config:
+    """A preset, and what differs from it."""
+    return tyro.extras.overridable_config_cli(PRESETS, args=arguments)
+
+
 if __name__ == "__main__":
-    main(tyro.extras.overridable_config_cli(PRESETS))
+    main(options())
