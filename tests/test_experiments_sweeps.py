@@ -244,12 +244,27 @@ def test_learning_rates_are_tuned_for_few_epochs_and_then_for_many(study, monkey
     assert fits[1][1][:3] == [(1, 0.002), (1, 0.004), (1, 0.008)]  # the neighbours of the best
 
 
+def writes_what_people_wrote(study):
+    """In place of `generate`, which has tests of its own: the last reference of each prompt."""
+    tokenizer = study.models("bfloat16").tokenizer
+    last = {f"{x.fields['mr']}\n": x.fields["ref"] for x in study.test}
+
+    def write(model, base, adapters, prompts, *, max_tokens, eos, rows):
+        assert (eos, rows, max_tokens) == ((256,), 3, 8)
+        texts = [last[tokenizer.decode(prompt)] for prompt in prompts]
+        tokens = [tokenizer.encode(text).ids for text in texts]
+        return [x if k == 0 else [*x, 256] for k, x in enumerate(tokens)]  # one is cut
+
+    return write
+
+
 @pytest.mark.compiled_quickly
 def test_the_study_of_ranks_runs(study, tmp_path, ranks, monkeypatch):
     results = study.config.results
     tuned_without_training(study, monkeypatch, [])
     study.tune()
     study.train_table("main")
+    monkeypatch.setattr(ranks.generate, "generate", writes_what_people_wrote(study))
     study.score_tables()
     found = {x.stem: json.loads(x.read_text()) for x in results.glob("*.json")}
     # A rank has 16 + 16 numbers in the query's factors and 16 + 8 in the value's.
@@ -260,6 +275,8 @@ def test_the_study_of_ranks_runs(study, tmp_path, ranks, monkeypatch):
     assert [x["tokens"] for x in found["main"]["rows"] if x["seed"] == 1] == [tokens] * 2
     tested = [(x["table"], x.get("rank"), x["texts"]) for x in found["test"]["rows"]]
     assert tested == [("main", rank, 3) for rank in (None, 1, 1, 4, 4)]
+    assert all(x["bleu"] == pytest.approx(100) for x in found["test"]["rows"])
+    assert {x["cut"] for x in found["test"]["rows"]} == {1}
     script("rank_ablation/report.py").main(results, tmp_path)
     tables = (tmp_path / "tables.md").read_text()
     assert "| before training | 0 |" in tables

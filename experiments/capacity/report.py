@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,7 +154,8 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> 
     left.set_xlabel("N, pairs to memorize", color=INK)
     left.set_ylabel("recalled (%)", color=INK)
     left.legend(title="rank", frameon=False, fontsize=8, title_fontsize=8)
-    _title(left, "What is recalled", config)
+    seeds = len(config["seeds"])
+    _title(left, "What is recalled", f"mean of {seeds} seeds; bars: the least and the most")
 
     for rank, all_n in found.items():
         known = [n for n in all_n if not math.isnan(n)]
@@ -162,11 +164,15 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> 
         ranks = np.array([min(found), max(found)])
         label = f"rank to the power {fit.slope:.2f} ± {fit.error:.2f}"
         right.plot(ranks, 2**fit.start * ranks**fit.slope, color=INK, linewidth=1.2, label=label)
-        right.legend(frameon=False, fontsize=8, loc="upper left")
+    sizes = {row["rank"]: row["parameters"] for row in rows}
+    one_bit = [size / math.log2(config["vocabulary"]) for size in sizes.values()]
+    style = {"color": FAINT, "linestyle": "--", "linewidth": 1}
+    right.plot(list(sizes), one_bit, label="one bit a parameter", **style)
+    right.legend(frameon=False, fontsize=8, loc="upper left")
     right.set_yscale("log", base=2)
     right.set_xlabel("rank", color=INK)
     right.set_ylabel(f"N at {100 * RECALL:.0f} % recall", color=INK)
-    _title(right, "Where each rank breaks", config)
+    _title(right, "Where each rank breaks", f"{seeds} seeds, and a line of least squares")
     _powers(right.xaxis, list(found))
     _powers(left.xaxis, sorted({row["pairs"] for row in rows}))
     low, high = right.get_ylim()
@@ -176,11 +182,12 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> 
 
 def _recall_line(axes: Any, rows: Sequence[dict[str, Any]], colour: Any) -> None:
     pairs = sorted({row["pairs"] for row in rows})
-    means = [interval(100 * x.get("recall", 0) for x in rows if x["pairs"] == n) for n in pairs]
-    halves = [0.0 if math.isnan(x.half) else x.half for x in means]
+    shares = [[100 * row.get("recall", 0) for row in rows if row["pairs"] == n] for n in pairs]
+    means = [statistics.fmean(x) for x in shares]
+    down = [mean - min(x) for mean, x in zip(means, shares, strict=True)]
+    up = [max(x) - mean for mean, x in zip(means, shares, strict=True)]
     style = {"marker": "o", "markersize": 4, "capsize": 2.5, "linewidth": 1.6}
-    label = str(rows[0]["rank"])
-    axes.errorbar(pairs, [x.mean for x in means], halves, color=colour, label=label, **style)
+    axes.errorbar(pairs, means, [down, up], color=colour, label=str(rows[0]["rank"]), **style)
 
 
 def _powers(axis: Any, values: Sequence[int]) -> None:
@@ -195,9 +202,10 @@ def _powers(axis: Any, values: Sequence[int]) -> None:
         axis.axes.tick_params(axis=axis.axis_name, rotation=35)
 
 
-def _title(axes: Any, title: str, config: dict[str, Any]) -> None:
-    seeds = len(config["seeds"])
-    axes.set_title(f"{title}, {seeds} seeds", loc="left", fontsize=10, fontweight="bold", color=INK)
+def _title(axes: Any, title: str, note: str) -> None:
+    axes.set_title(note, loc="left", fontsize=8, color="#52606d")
+    place = {"xytext": (0, 22), "xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(title, (0, 1), **place, fontsize=11, fontweight="bold", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.grid(axis="y", color=GRID, linewidth=0.8)

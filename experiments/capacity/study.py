@@ -107,10 +107,10 @@ class Config:
     learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
     """To begin with, for each rank."""
 
-    batch: int = 1024
+    batch: int = 2048
     """Pairs of a step; each comes as often as any other."""
     steps: int = 6000
-    """Updates, so that of the largest N each pair comes 187 times."""
+    """Updates, so that of the largest N each pair comes 375 times."""
     at_once: int = 77
     """Runs of a program, side by side."""
     save_every: int | None = 2000
@@ -126,12 +126,12 @@ CPU = Config(
     width=32,
     layers=1,
     ranks=(1, 2, 4, 8, 16),
-    pairs=tuple(2**k for k in range(3, 11)),  # 8 to 1,024
+    pairs=tuple(2**k for k in range(5, 11)),  # 32 to 1,024
     tune_pairs=(64, 512),
     learning_rates=(5e-3, 1e-2, 2e-2),
-    batch=128,
+    batch=256,
     steps=600,
-    at_once=40,
+    at_once=30,
     save_every=None,
     out=Path("runs/capacity_cpu"),
     results=Path("runs/capacity_cpu/results"),
