@@ -125,8 +125,8 @@ class Config:
     """Runs of a program, side by side."""
     full_at_once: int = 4
     """The same of full fine-tuning."""
-    chunk: int = 256
-    """Positions of a run whose logits are held at once."""
+    chunk: int | None = 256
+    """Positions of a run whose logits are held at once; None for all, which takes 10 GiB."""
     save_every: int | None = 1000
     """Steps."""
     serial_steps: int = 200
