@@ -51,6 +51,7 @@ HERE = Path(__file__).parent
 Stage = Literal["tune", "main", "serial", "bases", "full", "test"]
 BASES: tuple[Base, ...] = ("nf4", "q4_1")
 FULL = 0  # as a rank: all weights are trained
+TOLD_EVERY = 250  # steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Run:
 
 
 FIELDS = [field.name for field in dataclasses.fields(Run)]
+# Options that say what is trained on what.
+IDENTIFYING = ("targets", "alpha", "rows", "length", "warmup", "weight_decay", "clip", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,7 +354,14 @@ class Study:
             at_once=min(most, len(runs)),
         )
         print(f"{name}: {len(runs)} runs of {steps:,} steps\n{plan}", flush=True)
-        options = ("targets", "alpha", "rows", "length", "warmup", "weight_decay", "clip", "dtype")
+
+        def tell(run: Run, step: int, metrics: dict[str, float]) -> None:
+            if on_metrics is not None:
+                on_metrics(run, step, metrics)
+            if run == runs[0] and step % TOLD_EVERY == 0 and "loss" in metrics:
+                print(f"{name}: step {step:,} at {time.perf_counter() - began:.0f} s", flush=True)
+
+        began = time.perf_counter()
         return sweep.fit(
             self.loss_fn(model),
             model.base,
@@ -361,14 +371,14 @@ class Study:
             steps=steps,
             validation=self.validation,
             evaluate_every=math.ceil(steps / evaluations),
-            on_metrics=on_metrics,
+            on_metrics=tell,
             folder=config.out / name,
             save_every=config.save_every,
             identity={
                 "base": base,
                 "model": model.checkpoint.digest,
                 "data": digest(self.training),
-                **{option: getattr(config, option) for option in options},
+                **{option: getattr(config, option) for option in IDENTIFYING},
             },
         )
 
@@ -384,38 +394,47 @@ class Study:
         for name, (ranks, rates) in grids.items():
             runs = [Run(r, rate, s) for r in ranks for rate in rates for s in config.tune_seeds]
             for epochs in config.tune_epochs:
-                fits = functools.partial(self._tuning_rows, name, epochs)
-                rows = tune(fits, runs, metric="validation_loss")
-                best = self._best(rows)
+                best = self._tuned(f"{name}_{epochs:g}", runs, epochs)
+                print(f"{name}, {epochs:g} epochs: {best}", flush=True)
                 runs = [
                     Run(rank, rate * factor, seed)
                     for rank, rate in best.items()
                     for factor in (0.5, 1.0, 2.0)
                     for seed in config.tune_seeds
                 ]
-                print(f"{name}, {epochs:g} epochs: {best}", flush=True)
-                rates_of = {str(rank): rate for rank, rate in best.items()}
-                self._write(f"{name}_{epochs:g}", rows=rows, best=rates_of, epochs=epochs)
+
+    def _tuned(self, name: str, runs: Sequence[Run], epochs: float) -> dict[int, float]:
+        """The best learning rate of each rank, from a file if this was found out before."""
+        config = described(self.config)
+        found = self._read(name)
+        if found is None or any(found["config"][x] != config[x] for x in IDENTIFYING):
+            rows = tune(
+                functools.partial(self._tuning_rows, name, epochs), runs, metric="validation_loss"
+            )
+            best = chosen(rows, FIELDS, metric="validation_loss", over="learning_rate")
+            of_rank = {x.cell.rows[0]["rank"]: x.cell.rows[0]["learning_rate"] for x in best}
+            self._write(name, rows=rows, best=of_rank, epochs=epochs)
+            found = self._read(name)
+        assert found is not None
+        return {int(rank): rate for rank, rate in found["best"].items()}
 
     def _tuning_rows(
         self, name: str, epochs: float, runs: Sequence[Run], number: int
     ) -> list[dict]:
-        fitted = self.fit(f"{name}_{epochs:g}_{number}", runs, epochs=epochs)
-        return results.result_rows(fitted)
-
-    def _best(self, rows: Sequence[results.Row]) -> dict[int, float]:
-        found = chosen(rows, FIELDS, metric="validation_loss", over="learning_rate")
-        return {x.cell.rows[0]["rank"]: x.cell.rows[0]["learning_rate"] for x in found}
+        return results.result_rows(self.fit(f"{name}_{number}", runs, epochs=epochs))
 
     def tuned(self, *, full: bool = False) -> list[Run]:
         """The runs of a table, at the learning rates that `tune` wrote."""
         name = f"{'tune_full' if full else 'tune'}_{self.config.tune_epochs[-1]:g}"
-        file = self.config.results / f"{name}.json"
-        if not file.exists():
-            raise SystemExit(f"there is no {file}; run --stages tune before")
-        best = json.loads(file.read_text())["best"]
+        found = self._read(name)
+        if found is None:
+            raise SystemExit(f"{self.config.results} has no {name}.json; run --stages tune before")
         ranks = (FULL,) if full else self.config.ranks
-        return [Run(rank, best[str(rank)], seed) for rank in ranks for seed in self.config.seeds]
+        return [
+            Run(rank, found["best"][str(rank)], seed)
+            for rank in ranks
+            for seed in self.config.seeds
+        ]
 
     def table(self, name: str, on_metrics: Any = None) -> list[sweep.Fitted]:
         """The runs of `main`, of `full`, or on a base of `BASES`."""
@@ -518,6 +537,10 @@ class Study:
         pairs = zip(map(decode, written), references.values(), strict=True)
         cut = sum(tokens[-1] not in model.checkpoint.stop for tokens in written)
         return {**scores([Text(*pair) for pair in pairs]), "texts": len(prompts), "cut": cut}
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self.config.results / f"{name}.json"
+        return json.loads(file.read_text()) if file.exists() else None
 
     def _write(self, name: str, **found: Any) -> None:
         folder = self.config.results
