@@ -213,6 +213,7 @@ def study(ranks, dataset, tmp_path):
         ranks=(1, 4),
         length=96,
         at_once=4,
+        chunk=None,
         max_tokens=8,
     )
     return ranks.Study.load(config, tiny)
@@ -325,13 +326,13 @@ def test_the_study_of_capacity_runs(capacity, tmp_path, monkeypatch):
         width=16,
         targets="down_proj/kernel",
         ranks=(1, 4),
-        pairs=(4, 64),
+        pairs=(64,),
         tune_pairs=(64,),
         seeds=(0, 1),
         learning_rates=(0.01, 0.02, 0.04),
         batch=64,
         steps=40,
-        at_once=8,
+        at_once=4,
         out=tmp_path / "runs",
         results=tmp_path,
     )
@@ -348,11 +349,10 @@ def test_the_study_of_capacity_runs(capacity, tmp_path, monkeypatch):
     capacity.Study.make(config).run()
     found = json.loads((tmp_path / "capacity.json").read_text())
     rows = found["rows"]
-    recalls = {(row["rank"], row["pairs"]): row["recall"] for row in rows}
+    recalls = {row["rank"]: row["recall"] for row in rows}
     assert {row["learning_rate"] for row in rows} == {0.02}
-    assert recalls[4, 4] == 1.0
-    assert recalls[1, 64] < 0.9 * recalls[4, 64]
-    assert rows[0]["bits"] == pytest.approx(4 * (4 - rows[0]["nll"] / math.log(2)))
+    assert 2 / 16 < recalls[1] < 0.9 * recalls[4]  # by chance it is 1 / 16
+    assert rows[0]["bits"] == pytest.approx(64 * (4 - rows[0]["nll"] / math.log(2)))
     assert {row["rank"]: row["parameters"] for row in rows} == {1: 32 + 16, 4: 4 * (32 + 16)}
     report = script("capacity/report.py")
     report.main(tmp_path, tmp_path)
