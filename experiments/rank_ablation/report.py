@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,10 +69,10 @@ def last_tuning(found: Found) -> dict[str, Any] | None:
     return max(tunings, key=lambda tuning: tuning["epochs"], default=None)
 
 
-def by_rank(rows: Sequence[dict], score: str) -> dict[int, Interval]:
-    """Means over seeds of a score; ranks without it are left out."""
+def by_rank(rows: Sequence[dict], score: str) -> dict[int, list[float]]:
+    """A score of all seeds; ranks without it are left out."""
     ranks = dict.fromkeys(row["rank"] for row in rows if row.get(score) is not None)
-    return {rank: interval(x[score] for x in rows if x["rank"] == rank) for rank in ranks}
+    return {rank: [row[score] for row in rows if row["rank"] == rank] for rank in ranks}
 
 
 # Tables.
@@ -102,7 +103,10 @@ def table(rows: Sequence[dict], before: dict | None) -> str:
         lines.append(
             f"| before training | 0 | | | {before['bleu']:.1f} | {before['rouge_l']:.1f} |"
         )
-    scores = {score: by_rank(rows, score) for score in SCORES}
+    scores = {
+        score: {rank: interval(values) for rank, values in by_rank(rows, score).items()}
+        for score in SCORES
+    }
     for rank, loss in scores["validation_loss"].items():
         first = next(row for row in rows if row["rank"] == rank)
         texts = [tenths(scores[name].get(rank)) for name in ("bleu", "rouge_l")]
@@ -165,23 +169,18 @@ def plot_ranks(path: Path, rows: dict[str, list[dict]]) -> None:
         tables = [name for name in TABLES if name in rows]
         for place, name in enumerate(tables):
             found = by_rank(rows[name], score)
-            # Side by side, where intervals would hide one another.
+            # Side by side, where bars would hide one another.
             ranks = [rank * 1.07 ** (place - (len(tables) - 1) / 2) for rank in found]
-            halves = [0.0 if math.isnan(x.half) else x.half for x in found.values()]
-            axes.errorbar(
-                ranks,
-                [x.mean for x in found.values()],
-                halves,
-                color=COLOURS[name],
-                label=TABLES[name],
-                marker="o",
-                markersize=4,
-                capsize=2.5,
-                linewidth=1.4,
-            )
-        for level in by_rank(rows.get("full", []), score).values():
-            axes.axhline(level.mean, color=FAINT, linestyle="--", label="full fine-tuning")
-            axes.axhspan(level.mean - level.half, level.mean + level.half, color=GRID, alpha=0.6)
+            means = [statistics.fmean(values) for values in found.values()]
+            pairs = list(zip(means, found.values(), strict=True))
+            bars = [[mean - min(x) for mean, x in pairs], [max(x) - mean for mean, x in pairs]]
+            style = {"marker": "o", "markersize": 4, "capsize": 2.5, "linewidth": 1.4}
+            color, label = COLOURS[name], TABLES[name]
+            axes.errorbar(ranks, means, bars, color=color, label=label, **style)
+        for values in by_rank(rows.get("full", []), score).values():
+            mean = statistics.fmean(values)
+            axes.axhline(mean, color=FAINT, linestyle="--", label="full fine-tuning")
+            axes.axhspan(min(values), max(values), color=GRID, alpha=0.6)
         ticks = list(by_rank(rows["main"], score))
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, list(map(str, ticks)))
@@ -193,7 +192,8 @@ def plot_ranks(path: Path, rows: dict[str, list[dict]]) -> None:
         axes.tick_params(labelsize=8.5, color=FAINT, labelcolor=INK)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
-    figure.axes[0].legend(frameon=False, fontsize=8, title="base", title_fontsize=8)
+    title = "base; bars: least and most of seeds"
+    figure.axes[0].legend(frameon=False, fontsize=8, title=title, title_fontsize=8)
     figure.savefig(path, metadata={"Software": None})
 
 
