@@ -266,6 +266,7 @@ def test_the_study_of_ranks_runs(study, tmp_path, ranks, monkeypatch):
     study.tune()
     study.train_table("main")
     monkeypatch.setattr(ranks.generate, "generate", writes_what_people_wrote(study))
+    (results / "test.json").write_text(json.dumps({"rows": [{"table": "nf4"}, {"table": "main"}]}))
     study.score_tables()
     found = {x.stem: json.loads(x.read_text()) for x in results.glob("*.json")}
     # A rank has 16 + 16 numbers in the query's factors and 16 + 8 in the value's.
@@ -274,10 +275,12 @@ def test_the_study_of_ranks_runs(study, tmp_path, ranks, monkeypatch):
     drawn = itertools.islice(study.batches(ranks.Run(1, 0.004, 1)), study.steps(1))
     tokens = sum(int((batch.segment_ids > 0).sum()) for batch in drawn)
     assert [x["tokens"] for x in found["main"]["rows"] if x["seed"] == 1] == [tokens] * 2
+    assert found["test"]["rows"].pop() == {"table": "nf4"}  # which is not here, and was scored
     tested = [(x["table"], x.get("rank"), x["texts"]) for x in found["test"]["rows"]]
     assert tested == [("main", rank, 3) for rank in (None, 1, 1, 4, 4)]
     assert all(x["bleu"] == pytest.approx(100) for x in found["test"]["rows"])
     assert {x["cut"] for x in found["test"]["rows"]} == {1}
+    (results / "test.json").write_text(json.dumps(found["test"]))
     script("rank_ablation/report.py").main(results, tmp_path)
     tables = (tmp_path / "tables.md").read_text()
     assert "| before training | 0 |" in tables
