@@ -49,6 +49,7 @@ def run_page(path: Path) -> int:
     return len(blocks)
 
 
+@pytest.mark.compiled_quickly
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT / "docs").as_posix())
 def test_code_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
