@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from lora_jax.cli.failures import CliError, sentences
-from lora_jax.cli.options import LogOptions, at_least
+from lora_jax.cli.options import LogOptions, Policy, at_least
 from lora_jax.cli.parsing import read_object
 from lora_jax.cli.report import Reporter
 from lora_jax.memory import (
@@ -27,18 +27,6 @@ from lora_jax.memory.prediction import CATEGORIES
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.families import from_hf
 from lora_jax.models.shapes import SHAPES
-
-Remat = Literal[
-    "none",
-    "products",
-    "attention",
-    "stream",
-    "layer",
-    "attended",
-    "layer-offloaded",
-    "attended-offloaded",
-    "auto",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +50,7 @@ class StepOptions:
     """Parts in which a batch is computed, one after the other."""
     optimizer: Literal["adamw", "adamw-bfloat16", "momentum", "sgd"] = "adamw"
     """What keeps a state: two moments of each gradient, the first one in bfloat16, one, or none."""
-    remat: Remat | None = None
+    remat: Policy | None = None
     """What is saved for the backward pass; auto for the most that fits. All of them are listed,
     if not given."""
     scan: bool = True

@@ -57,6 +57,20 @@ def at_least(group: Any, least: float, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least {least:g}")
 
 
+# Of `lora_jax.models.remat`; and "none", or "auto" for the first of the next four that fits.
+Policy = Literal[
+    "none",
+    "auto",
+    "products",
+    "attention",
+    "stream",
+    "layer",
+    "attended",
+    "layer-offloaded",
+    "attended-offloaded",
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """The model, and how it is kept in memory."""
@@ -72,19 +86,7 @@ class ModelOptions:
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """How attention is computed in training, and where text is scored. cudnn is the fused kernel of
     NVIDIA GPUs, which needs --dtype bfloat16 and --no-pack; auto takes it where it can."""
-    remat: Literal[
-        "none",
-        "auto",
-        "products",
-        "attention",
-        "stream",
-        "layer",
-        "attended",
-        "layer-offloaded",
-        "attended-offloaded",
-        "nothing_saveable",
-        "dots_saveable",
-    ] = "none"
+    remat: Literal[Policy, "nothing_saveable", "dots_saveable"] = "none"
     """What to save for the backward pass instead of everything: trades time for memory. auto is the
     first of products, attention, stream and layer that fits the device; attended is for long rows;
     those that are offloaded keep the inputs of layers in the host's memory."""

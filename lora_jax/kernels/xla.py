@@ -144,7 +144,8 @@ def _levels_times_scales(
 
 
 def _levels(q: QuantizedArray) -> jax.Array:
-    here, on_cuda = (jnp.asarray(book(q.kind, q.block_size)) for book in (codebook, cuda_codebook))
-    if q.kind != "fp4":
-        return here
-    return jax.lax.platform_dependent(cuda=lambda: on_cuda, default=lambda: here)
+    levels = jnp.asarray(codebook(q.kind, q.block_size))
+    if q.kind != "fp4":  # of which a zero has another sign there
+        return levels
+    on_cuda = jnp.asarray(cuda_codebook(q.kind, q.block_size))
+    return jax.lax.platform_dependent(cuda=lambda: on_cuda, default=lambda: levels)
